@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,22 @@ from checkpoints import refused
 from diffusers import AutoencoderKL
 from latent import edit, load, normal, seeded, write, write_conditions
 from latent_runs import MORE_PAIRS, PAIRS, content, images, run
+from torch import nn
 
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
+from distill.data import DataSource
 from distill.data.arrays import ArrayData
 from distill.evaluation import measuring
-from distill.execution.sources import Solving
+from distill.execution import preflight
+from distill.execution.sources import Prepared, Solving
+from distill.flow import codecs
+from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import Rows
+from distill.networks.experts import Experts
 from distill.pairs import PairSet, PairSource, manifest
 from distill.runs.progress import Progress
+from distill.spec import checks, specfile
 from distill.spec.model import EvaluateStage, PairsStage
 
 CPU = torch.device("cpu")
@@ -150,3 +158,103 @@ def test_weak_models_have_the_conditions_of_the_teacher(tmp_path):
     found = [manifest.read(done.stage(name).pairs) for name in ("pairs", *stages)]
     assert all(each.done for each in found)
     assert found[2].weak_digest == found[0].teacher_digest not in (None, found[1].weak_digest)
+
+
+def planned(folder: Path, data: dict[str, object], **fields) -> None:
+    """Checks the spec of a run with pairs from data, as `distill plan` does."""
+    teacher = {"path": str(folder), **fields}
+    spec = {"name": "run", "teacher": teacher, "data": data, "stages": {"pairs": MORE_PAIRS["segments"]}}
+    preflight.check(checks.check(specfile.validate(spec, "spec"), folder))
+
+
+def test_an_autoencoder_is_checked_before_a_run(folder, tmp_path):
+    data = images(tmp_path / "data", 3, 16, 16)
+    planned(folder, data)
+    found = shutil.copytree(folder, tmp_path / "dit")
+    weights = found / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(
+        InputError, match=r"dit/vae has no diffusion_pytorch_model.safetensors, but config.json, "
+    ) as error:
+        planned(found, data)
+    assert len(str(error.value).splitlines()) == 1
+    weights.with_suffix(".bin").rename(weights)
+    edit(found / "vae" / "config.json", block_out_channels=[4, 8])
+    with pytest.raises(InputError, match=r"dit/vae: config.json and the weights do not match: "):
+        planned(found, data)
+    assert load(found).shape == (4, 8, 8), "what does not use the autoencoder can still be done"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"latent_channels": 8}, "on latents of 4 channels, but the autoencoder in "),
+        ({"scaling_factor": "x"}, "vae/config.json: scaling_factor='x'; valid: "),
+        ({"scaling_factor": 0}, "vae/config.json: scaling_factor=0; valid: greater than 0"),
+        ({"shift_factor": [1]}, "vae/config.json: shift_factor=[1]; valid: "),
+        ({"latents_mean": [0.0, 0.0]}, "vae/config.json: latents_mean has 2 numbers; valid: one for each of the 4"),
+        ({"latents_mean": [0.0] * 4}, "vae/config.json: latents_std has no numbers; valid: one for each of the 4"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, "latents_std=[0.0, 0.0, 0.0, 0.0]; valid: greater"),
+        ({"_class_name": ["a"]}, "autoencoder class ['a'] is not supported; valid: "),
+    ],
+)
+def test_configs_of_autoencoders_are_checked(folder, tmp_path, changes, said):
+    found = shutil.copytree(folder, tmp_path / "dit")
+    edit(found / "vae" / "config.json", **changes)
+    refused(found, said)
+
+
+def test_a_network_without_rows_is_called_only_for_other_processes():
+    made = Experts(nn.Linear(1, 1), nn.Linear(1, 1), 500.0)
+    called = []
+
+    def call(network, x_t, time, cond):
+        called.append((0 if network is made.transformer else 1, len(x_t)))
+        return network(x_t)
+
+    def calls(*times: float) -> list[tuple[int, int]]:
+        called.clear()
+        x_t = torch.arange(1.0, len(times) + 1)[:, None]
+        found = made.called(call, x_t, torch.tensor(times), {})
+        networks = [made.transformer if time >= 500 else made.transformer_2 for time in times]
+        assert torch.equal(found, torch.stack([network(x) for network, x in zip(networks, x_t, strict=True)]))
+        return called.copy()
+
+    with torch.no_grad():
+        assert calls(900.0) == [(0, 1)]
+        assert calls(100.0, 499.0) == [(1, 2)]
+        assert calls(900.0, 100.0, 500.0) == [(0, 2), (1, 1)]
+        for parameter in made.parameters():
+            parameter.ds_id = 0
+        assert calls(900.0) == [(0, 1), (1, 1)]
+        assert calls(100.0, 499.0) == [(0, 1), (1, 2)]
+        del made.transformer_2.weight.ds_id, made.transformer_2.bias.ds_id
+        assert calls(900.0) == [(0, 1)]
+    assert calls(900.0) == [(0, 1), (1, 1)]
+
+
+def test_samples_are_converted_in_blocks(folder, monkeypatch):
+    codec = load(folder).codec
+    latents, sizes = codec.encode(PIXELS), []
+    decoded = codec.decode(latents)
+    vae = codec._read[0]
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert codec.together((4, 8, 8)) == (64 << 20) // (3 * 16 * 16 * 4)
+    assert codec.together((4, 4096, 4096)) == 1
+    monkeypatch.setattr(codecs, "MEMORY", 4 * 3 * 16 * 16 * 4)
+    assert (codec.encode(PIXELS) - latents).abs().max() <= 1e-5
+    assert (codec.decode(latents) - decoded).abs().max() <= 1e-5
+    assert sizes == [4, 4, 1] * 2
+
+
+def test_data_of_training_is_encoded_on_the_device_of_the_stage(folder):
+    """The device "meta" stands for another one than the CPU: it gives no values, so encoding there is refused."""
+    codec, conditioning = load(folder).codec, ClassLabels(3, None)
+    source = DataSource(IMAGES, 4, 0)
+    (pixels, found) = (
+        each.batch(0, Rows(0, 4, 4)).data for each in (source, Prepared.of(source, conditioning, codec, CPU))
+    )
+    assert torch.equal(found, codec.encode(pixels))
+    with pytest.raises(NotImplementedError, match="meta"):
+        Prepared.of(source, conditioning, codec, torch.device("meta")).batch(0, Rows(0, 4, 4))

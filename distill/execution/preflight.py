@@ -25,6 +25,7 @@ from distill.students import sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
 from distill.teachers import LoadedTeacher
+from distill.teachers.codecs import LatentCodec
 from distill.teachers.network_field import LinearCall, NetworkField
 from distill.teachers.of_students import weak_teacher
 
@@ -85,6 +86,9 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
             from distill.evaluation import measuring
 
             measuring.refuse_few(data)
+    measured = any(isinstance(stage, EvaluateStage) for stage in spec.stages.values())
+    if teacher is not None and isinstance(teacher.codec, LatentCodec) and (measured or data is not None):
+        teacher.codec.check()
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
         sources.check_labels(spec, teacher, data)

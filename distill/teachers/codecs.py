@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import diffusers
 import torch
+from pydantic import Field, PositiveFloat, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
@@ -20,9 +22,10 @@ from distill.flow.codecs import together
 from distill.teachers import files, weights
 from distill.teachers.layout import CONFIG
 from distill.teachers.limits import NetworkLimits
-from distill.teachers.read import Config, checked, lasting, parse, short
+from distill.teachers.read import Config, Read, Size, checked, lasting, parse, short
 
 COLOURS = 3  # channels of pixels
+MAX_CHANNELS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,32 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+class _Scaling(Read):
+    """The options that convert between the latents of an autoencoder and those of the network."""
+
+    scaling_factor: PositiveFloat = 1.0
+    shift_factor: float | None = None
+    latents_mean: Annotated[list[float], Field(max_length=MAX_CHANNELS)] | None = None
+    latents_std: Annotated[list[PositiveFloat], Field(max_length=MAX_CHANNELS)] | None = None
+    vq_embed_dim: Size | None = None
+    latent_channels: Size | None = None
+    z_dim: Size | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.vq_embed_dim or self.latent_channels or self.z_dim or 4
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> Self:
+        for name in ("latents_mean", "latents_std"):
+            given, other = getattr(self, name), self.latents_std if name == "latents_mean" else self.latents_mean
+            if given is None and other is not None or given is not None and len(given) != self.channels:
+                told = {"name": name, "count": "no" if given is None else len(given), "channels": self.channels}
+                message = "{name} has {count} numbers; valid: one for each of the {channels} channels of its latents"
+                raise PydanticCustomError("scaling", message, told)
+        return self
+
+
 @dataclass(frozen=True)
 class LatentCodec:
     """Implements `protocols.Codec` by an autoencoder in a folder of a pipeline."""
@@ -88,6 +117,7 @@ class LatentCodec:
                 f"{folder / CONFIG}: autoencoder class {short(str(name))} is not supported; valid: {', '.join(KINDS)}"
             )
         checked(NetworkLimits, config, folder / CONFIG)
+        checked(_Scaling, config, folder / CONFIG)
         codec = cls(folder, config, KINDS[name], variant)
         try:
             assert all(each >= 1 for each in codec.factors)
@@ -114,10 +144,8 @@ class LatentCodec:
         return 1, 1 << (levels - 1 + self.kind.patches)
 
     def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
-        names = ("vq_embed_dim", "latent_channels", "z_dim")
-        channels: int = next((self.config[name] for name in names if self.config.get(name)), 4)
-        channels *= 4 if self.kind.patches else 1
-        return (channels, *latent_size(pixels[1:], self.factors, str(self.folder)))
+        channels = checked(_Scaling, self.config, self.folder / CONFIG).channels
+        return (channels * (4 if self.kind.patches else 1), *latent_size(pixels[1:], self.factors, str(self.folder)))
 
     def encode(self, pixels: Tensor) -> Tensor:
         return _in_blocks(self._encoded, pixels, together(pixels.shape[1:]))
@@ -165,12 +193,25 @@ class LatentCodec:
         shift, scale = (each.to(z).reshape(1, -1, *[1] * (z.ndim - 2)) for each in (shift, scale))
         return z / scale + shift if back else (z - shift) * scale
 
+    def check(self) -> None:
+        """InputError if there are no weights, or if they do not fit the config. Only their headers are read."""
+        expected = weights.shapes(self.folder, self.config, self._class)
+        weights.fitting(self.folder, weights.stored(self._paths), expected)
+
+    @property
+    def _class(self) -> type[diffusers.ModelMixin]:
+        found: type[diffusers.ModelMixin] = getattr(diffusers, self.config["_class_name"])
+        return found
+
+    @property
+    def _paths(self) -> list[Path]:
+        """The files of its weights. InputError if there are none."""
+        return files.weights(self.folder, self.variant, optional=True)
+
     @cached_property
     def _read(self) -> tuple[nn.Module, list[str]]:
         """The autoencoder, and the SHA-256 of each of its files."""
-        network_class = getattr(diffusers, self.config["_class_name"])
-        paths = files.weights(self.folder, self.variant, optional=True)
-        vae, digests = weights.network(self.folder, self.config, network_class, paths)
+        vae, digests = weights.network(self.folder, self.config, self._class, self._paths)
         return vae.eval().requires_grad_(False), digests
 
     def _vae(self, device: torch.device) -> nn.Module:

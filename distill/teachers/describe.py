@@ -76,13 +76,16 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
         if spec.size is not None:
             latent = latent_size(tuple(spec.size), factors, "teacher.size")
         shape = architecture.latent_shape(content, path, latent)
+        if isinstance(codec, LatentCodec):
+            _refuse_other_channels(codec, shape, path)
         size = pixel_size(shape[1:], factors)
     else:
         shape = architecture.shape(content, path)
         size = shape[1:]
         used = set()
         if isinstance(architecture, UNet) and autoencoder is not None:
-            codec, used = _latents(LatentCodec.of(autoencoder), shape, path), {"vae"}
+            codec, used = LatentCodec.of(autoencoder, spec.variant), {"vae"}
+            _refuse_other_channels(codec, shape, path)
             size = pixel_size(size, codec.factors)
         elif isinstance(architecture, UNet) and not parts.is_student:
             check_pixels(shape[0], path)
@@ -111,15 +114,14 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     )
 
 
-def _latents(codec: LatentCodec, shape: tuple[int, ...], path: Path) -> LatentCodec:
-    """The codec of a U-Net on latents. InputError if it makes latents of another number of channels."""
+def _refuse_other_channels(codec: LatentCodec, shape: tuple[int, ...], path: Path) -> None:
+    """InputError if an autoencoder makes latents of another number of channels than samples of this shape have."""
     channels = codec.shape((0, *pixel_size(shape[1:], codec.factors)))[0]
     if channels != shape[0]:
         raise InputError(
-            f"{path}: in_channels={shape[0]}, but the autoencoder in {codec.folder} makes latents of {channels} "
-            "channels; give the autoencoder that the network was trained with"
+            f"{path}: this network works on latents of {shape[0]} channels, but the autoencoder in {codec.folder} "
+            f"makes latents of {channels} channels; give the autoencoder that the network was trained with"
         )
-    return codec
 
 
 def _refuse_pipeline(
