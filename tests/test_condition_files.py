@@ -1,5 +1,6 @@
 """Files with conditions, and the options of a teacher that go with them: each is used, or refused with one message."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from test_teacher_ltx import SIZE
 from test_teacher_ltx import pipeline as ltx
 
 from distill.core.errors import InputError
+from distill.data.arrays import ArrayData
+from distill.execution import sources
 from distill.flow.conditioning import ConditionTable
+from distill.students.init import StudentInit
 
 ROWS, NULL = embeddings(2), {name: each[:1] for name, each in embeddings(5).items()}
 
@@ -120,3 +124,33 @@ def test_a_network_is_tested_with_a_small_sample(flux, tmp_path, capfd, monkeypa
     assert load(flux, size=[256, 260], conditions=path).shape == (4, 128, 130)
     said = f"teacher.path={flux}: testing its network on a sample of shape [4, 8, 8]; this may take minutes\n"
     assert capfd.readouterr() == ("", said)
+
+
+def test_a_student_without_conditions_says_where_they_come_from(flux, tmp_path):
+    folder = shutil.copytree(flux, tmp_path / "student")
+    (folder / "distill.json").write_text('{"kind": "velocity"}')
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert str(error.value) == (
+        f"{folder / 'transformer' / 'config.json'}: this network is conditioned on encoder_hidden_states, "
+        "pooled_projections, so a file with embeddings of prompts must be given, as for its teacher: on the command "
+        "line with --teacher '{path: TEACHER, conditions: FILE}', in a spec as teacher.conditions; `distill encode "
+        "TEACHER PROMPTS.txt` makes one"
+    )
+
+
+def test_messages_are_about_prompts_where_there_are_no_classes(flux, tmp_path):
+    found = teacher(flux, tmp_path, ROWS)
+    said = "the file of teacher.conditions has no condition for the unconditional call, which label_dropout needs"
+    with pytest.raises(InputError, match=said):
+        StudentInit(found, None, found.shape, 3, 0, found).null(found.conditioning.collate(torch.arange(1)))
+    with pytest.raises(InputError, match="has 3 conditions, the rows of its file of teacher.conditions, but the data"):
+        StudentInit(found, None, found.shape, 2, 0)
+    data = ArrayData("pictures", torch.zeros(4, 3, 16, 24), torch.arange(4) % 2, 2)
+    with pytest.raises(InputError) as error:
+        sources.check_shapes(found, data)
+    assert str(error.value) == (
+        f"data 'pictures' has 2 classes, but the teacher ({found.description}) has 3 prompts: the rows of its file of "
+        "teacher.conditions. Samples with label i belong to row i; give data with a label for each row, or a file with "
+        "one row for each class"
+    )

@@ -13,7 +13,9 @@ from test_convert import FILE, Evil, asked
 
 from distill.convert import conversion
 from distill.core.errors import InputError
+from distill.execution import inspecting
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
+from distill.spec.model import CheckpointTeacher
 from distill.students.init import StudentInit, teacher_on_linear_path
 
 SIZES = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 16, "num_blocks": 1}
@@ -124,6 +126,8 @@ def test_the_null_class_is_no_class(tmp_path):
     expected = edm.velocity(weights, options, x, sigma, torch.zeros(2, 10), song=True)
     found = teacher.guided(0.0)(x, sigma / (1 + sigma), {"class_labels": torch.tensor([1, 2])})
     assert (found - expected).norm() <= 1e-5 * expected.norm()
+    told = inspecting.inspect(CheckpointTeacher(path=str(tmp_path / "new"))).to_set["null_class"]
+    assert told.endswith("if the network has one; valid: 10, which stands for none of its classes 0 to 9")
     with pytest.raises(InputError, match=r"teacher.null_class=3: .* has 10 classes, valid: 10"):
         load(tmp_path / "new", null_class=3)
 

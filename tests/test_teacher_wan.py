@@ -94,6 +94,8 @@ def test_two_networks_equal_the_pipeline(tmp_path):
     teacher = load_with_prompts(tmp_path, stock)
     assert isinstance(teacher.network, Experts) and teacher.boundary == 0.875
     finite_at_both_ends(teacher, NOISE)
+    with pytest.raises(InputError, match="has no layer blocks.0; valid: none, because it has two networks"):
+        teacher.features(NOISE, torch.full((2,), 0.5), {}, ["blocks.0"])
     for scale, scale_2 in ((1.0, None), (4.0, None), (4.0, 3.0)):
         expected = theirs(stock, scale, scale_2)
         sigmas = stock.scheduler.sigmas

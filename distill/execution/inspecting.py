@@ -223,10 +223,20 @@ def _conditioning(
         found = architecture.conditioning(facts.content, facts.path, null)
     if isinstance(found, ClassLabels) and found.null_class is None:
         to_set["null_class"] = (
-            f"only for guidance: the class id of the unconditional call, if the network has one; valid: the last of "
-            f"its {found.count} embeddings, {found.count - 1}"
+            "only for guidance: the class id of the unconditional call, if the network has one; valid: "
+            f"{_null_class(facts, found.count)}"
         )
     return found
+
+
+def _null_class(facts: Facts, count: int) -> str:
+    """In words, the null class that a network with `count` classes may have."""
+    assert not isinstance(facts.architecture, Convention), "no convention leaves it to the spec"
+    try:
+        facts.architecture.conditioning(facts.content, facts.path, count)
+    except InputError:
+        return f"the last of its {count} embeddings, {count - 1}"
+    return f"{count}, which stands for none of its classes 0 to {count - 1}"
 
 
 def _fields(facts: Facts) -> dict[str, Sequence[int | None]]:

@@ -15,7 +15,7 @@ from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet, DataSource, load_data
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ClassLabels
+from distill.flow.conditioning import ClassLabels, ConditionTable
 from distill.flow.draws import Rows
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
@@ -117,6 +117,12 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
             f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
             f"makes {list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another "
             "teacher"
+        )
+    if isinstance(teacher.given, ConditionTable) and data.num_classes != teacher.num_classes:
+        raise InputError(
+            f"data '{data.name}' has {data.num_classes or 'no'} classes, but the teacher ({teacher.description}) has "
+            f"{teacher.num_classes} prompts: the rows of its file of teacher.conditions. Samples with label i belong "
+            "to row i; give data with a label for each row, or a file with one row for each class"
         )
     if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
         raise InputError(

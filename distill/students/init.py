@@ -72,6 +72,13 @@ class StudentInit:
         self.num_classes, self.null_class = source.num_classes, source.null_class
         self.conditioning = source.conditioning
         if source.num_classes != shown and not (source.num_classes is None and teacher is None):
+            if isinstance(self.conditioning, ConditionTable):
+                other = "the data" if teacher is None else "the teacher"
+                raise InputError(
+                    f"{source.description} has {source.num_classes} conditions, the rows of its file of "
+                    f"teacher.conditions, but {other} has {shown or 'none'}; start from a network with the same "
+                    "conditions"
+                )
             whose = "the data has" if teacher is None else "the teacher has"
             raise InputError(
                 f"{source.description} has {source.num_classes or 'no'} classes, but {whose} {shown or 'none'}; start "
@@ -163,6 +170,11 @@ class StudentInit:
         if not cond:
             return cond
         if not self.conditioning.has_null:
+            if isinstance(self.conditioning, ConditionTable):
+                raise InputError(
+                    "the file of teacher.conditions has no condition for the unconditional call, which label_dropout "
+                    "needs; make it again with `distill encode`, or set label_dropout to 0"
+                )
             raise InputError(
                 "the network has no class id for the unconditional call; set teacher.null_class, or "
                 "set label_dropout to 0"

@@ -148,7 +148,7 @@ def _described(
     null = spec.null_class if spec.null_class is not None else parts.student.null_class
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
     if isinstance(architecture, Convention):
-        asked = Asked(facts.size, conditions, spec.embedded_guidance, null)
+        asked = Asked(facts.size, conditions, spec.embedded_guidance, null, parts.is_student)
         return parts, facts, conditions, architecture.conditioning(content, path, asked)
     return parts, facts, conditions, architecture.conditioning(content, path, null)
 

@@ -38,13 +38,15 @@ class CondField:
 class Asked:
     """What the spec of a teacher says about the calls of its network.
 
-    size: of the samples in pixels, (height, width) or (frames, height, width).
+    size: of the samples in pixels, (height, width) or (frames, height, width). is_student: whether this package has
+    exported it; such a folder has no conditions, because they are those of its teacher.
     """
 
     size: tuple[int, ...]
     conditions: ConditionFile | None = None
     embedded_guidance: float | None = None
     null_class: int | None = None
+    is_student: bool = False
 
 
 class Convention:
@@ -64,10 +66,7 @@ class Convention:
     embedded_guidance: float | None = None  # the pipeline's default; None: the network does not take it
     image_output = 0  # which part of what a block returns belongs to the image, if it returns a tuple
 
-    default_factors = (
-        1,
-        8,
-    )  # frames and pixels per side that become one, if there is no autoencoder: (temporal, spatial)
+    default_factors = (1, 8)  # without an autoencoder: how many frames, and pixels per side, become one
 
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
@@ -104,9 +103,15 @@ class Convention:
         if not (fields := self.fields(config)):
             return of_classes(None, None)
         if asked.conditions is None:
+            todo = "teacher.conditions must be set: a file with embeddings of prompts"
+            if asked.is_student:
+                todo = (
+                    "a file with embeddings of prompts must be given, as for its teacher: on the command line with "
+                    "--teacher '{path: TEACHER, conditions: FILE}', in a spec as teacher.conditions"
+                )
             raise InputError(
-                f"{path}: this network is conditioned on {', '.join(fields)}, so teacher.conditions must be set: a "
-                "file with embeddings of prompts; `distill encode TEACHER PROMPTS.txt` makes one"
+                f"{path}: this network is conditioned on {', '.join(fields)}, so {todo}; `distill encode TEACHER "
+                "PROMPTS.txt` makes one"
             )
         constants = self.constants(config, asked)
         given = asked.conditions

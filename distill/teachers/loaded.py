@@ -13,6 +13,7 @@ from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
 from distill.flow.fields import Indexed
 from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
+from distill.networks.experts import Experts
 from distill.protocols import Codec, Cond, Conditioning, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
@@ -74,7 +75,8 @@ class LoadedTeacher:
         """
         unknown = [name for name in layers if name not in self.layers]
         if unknown or self.network is None:
-            valid = ", ".join(self.layers) or "none, as it is known in closed form"
+            why = "it has two networks" if isinstance(self.network, Experts) else "it is known in closed form"
+            valid = ", ".join(self.layers) or f"none, because {why}"
             raise InputError(f"{self.description} has no layer {unknown[0] if unknown else ''}; valid: {valid}")
         found: dict[str, Tensor] = {}
 
