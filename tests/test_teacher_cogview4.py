@@ -10,6 +10,7 @@ from latent import (
     PROMPTS,
     VOCABULARY,
     autoencoder,
+    edit,
     exact,
     finite_at_both_ends,
     fits_students,
@@ -25,6 +26,7 @@ from latent import (
 )
 from transformers import GlmConfig, GlmModel
 
+from distill.core.errors import InputError
 from distill.flow.interpolants import linear
 from distill.teachers.architectures.cogview4 import ARCHITECTURE
 from distill.teachers.network_field import NetworkField
@@ -85,6 +87,23 @@ def test_equals_the_pipeline(tmp_path):
         )  # fmt: skip
         same(ours(teacher, stock.scheduler.sigmas, noise, scale), expected)
     fits_students(teacher, noise)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"base_shift": 0.5}, "base_shift=0.5; valid for CogView4: 0.25, because the times with which its pipeline"),
+        ({"max_shift": 1.15}, "max_shift=1.15; valid for CogView4: 0.75"),
+        ({"use_dynamic_shifting": False}, "use_dynamic_shifting=False; valid for CogView4: True"),
+        ({"time_shift_type": "exponential"}, "time_shift_type='exponential'; valid for CogView4: 'linear'"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps=500; valid for CogView4: 1000"),
+    ],
+)
+def test_schedulers_with_another_time_shift_are_refused(tmp_path, options, said):
+    edit(write(tmp_path / "cogview4", pipeline()) / "scheduler" / "scheduler_config.json", **options)
+    with pytest.raises(InputError) as error:
+        load(tmp_path / "cogview4")
+    assert said in str(error.value)
 
 
 def test_an_oracle_gives_back_its_velocity():

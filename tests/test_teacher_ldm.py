@@ -90,4 +90,8 @@ def test_a_network_on_latents_needs_its_autoencoder(tmp_path):
     assert teacher.codec.shape((3, 16, 16)) == teacher.shape
     refused(folder, "teacher.size=[16, 16] has no effect", size=[16, 16])
     edit(folder / "vqvae" / "config.json", vq_embed_dim=5)
-    refused(folder, "on latents of 4 channels, but the autoencoder in ", "makes latents of 5 channels; give the autoencoder that")
+    refused(
+        folder,
+        "on latents of 4 channels, but the autoencoder in ",
+        "makes latents of 5 channels; give the autoencoder that",
+    )

@@ -7,6 +7,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    edit,
     exact,
     finite_at_both_ends,
     fits_students,
@@ -22,6 +23,7 @@ from latent import (
 )
 from transformers import Gemma2Config, Gemma2Model
 
+from distill.core.errors import InputError
 from distill.flow.interpolants import linear
 from distill.spec.guidancespec import GuidanceSpec
 from distill.teachers.architectures.lumina2 import ARCHITECTURE
@@ -81,6 +83,12 @@ def test_equals_the_pipeline(tmp_path):
         same(ours(teacher, sigmas, NOISE, scale, guidance), expected)
     finite_at_both_ends(teacher, NOISE)
     fits_students(teacher, NOISE)
+
+
+def test_schedulers_with_another_scale_of_time_are_refused(tmp_path):
+    edit(write(tmp_path / "lumina", pipeline()) / "scheduler" / "scheduler_config.json", num_train_timesteps=1)
+    with pytest.raises(InputError, match="num_train_timesteps=1; valid for Lumina-Image 2.0: 1000, because the times"):
+        load(tmp_path / "lumina")
 
 
 def test_an_oracle_gives_back_its_velocity():

@@ -33,15 +33,16 @@ class Kind:
     """A class of autoencoders. Its latents z become (z - shift) scale; both are read from its config.
 
     levels: the option that lists its levels, each but the first of which halves the sides.
-    spatial, temporal: the factors, if it has no such option. pixels_of: (factor, config) -> the spatial factor.
+    factors: its config -> (temporal, spatial), if it has no such option.
     per_channel: shift and scale are latents_mean and scaling_factor / latents_std, of each channel. This also holds for
     other classes, if their config has these numbers.
     frames: whether it takes videos [B, C, F, H, W]. single: it does, but the network works on single frames.
     patches: 2x2 patches become channels, which are normalised by the batch norm of the autoencoder.
+    quantized: latents are rounded to the entries of its codebook when they are decoded.
     """
 
     levels: str = "block_out_channels"
-    factors: Callable[[Config], tuple[int, int]] | None = None  # (temporal, spatial)
+    factors: Callable[[Config], tuple[int, int]] | None = None
     per_channel: bool = False
     frames: bool = False
     single: bool = False

@@ -18,7 +18,7 @@ from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.guidance import Combine, cfg
 from distill.protocols import Cond, Conditioning
 from distill.teachers.conditions import ConditionFile
-from distill.teachers.read import Config
+from distill.teachers.read import Config, short
 
 Weights = Mapping[str, Tensor]
 
@@ -59,6 +59,7 @@ class Convention:
     networks: tuple[str, ...] = ()  # network classes of diffusers; they are imported only when they are used
     folder = "transformer"  # of the network in a pipeline
     pipelines: tuple[str, ...] = ()  # pipeline classes of diffusers whose network is called like this
+    scheduler: Config = {}  # options that the scheduler must have, because the call of the network depends on them
     prediction = ""  # what `call` returns, for tables: that of the scheduler, or "velocity"
     conditions = "text"  # what the network is conditioned on, for tables
     combine: Combine = staticmethod(cfg)  # how the pipeline combines two velocities for guidance
@@ -71,6 +72,15 @@ class Convention:
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
         return tuple(getattr(diffusers, name) for name in self.networks)
+
+    def check_scheduler(self, config: Config, path: Path) -> None:
+        """InputError unless this scheduler config has the options in `scheduler`, or leaves them out."""
+        for name, valid in self.scheduler.items():
+            if (found := config.get(name)) is not None and found != valid:
+                raise InputError(
+                    f"{path}: {name}={short(repr(found))}; valid for {self.title}: {valid!r}, because the times with "
+                    "which its pipeline calls the network depend on it, and other values are not supported"
+                )
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         """Shape of one sample as solvers and recipes hold it, [C, h, w] or [C, F, h, w].

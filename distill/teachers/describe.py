@@ -68,6 +68,8 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     codec: Codec = PIXELS
     autoencoder = parts.autoencoder if spec.vae is None else Path(spec.vae)
     if isinstance(architecture, Convention):
+        if chosen is not None:
+            architecture.check_scheduler(parse(chosen), chosen)
         factors = architecture.default_factors
         if autoencoder is not None:
             codec = LatentCodec.of(autoencoder, spec.variant)

@@ -63,6 +63,14 @@ class CogView4(Convention):
     title = "CogView4"
     networks = ("CogView4Transformer2DModel",)
     pipelines = ("CogView4Pipeline",)
+    scheduler: Config = {
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": True,
+        "time_shift_type": "linear",
+        "base_shift": BASE_SHIFT,
+        "max_shift": MAX_SHIFT,
+        "base_image_seq_len": BASE_TOKENS,
+    }
     prediction = "velocity"
     guidance_scale = 5.0
 

@@ -48,6 +48,7 @@ class Lumina2(Convention):
     title = "Lumina-Image 2.0"
     networks = ("Lumina2Transformer2DModel",)
     pipelines = ("Lumina2Pipeline",)
+    scheduler: Config = {"num_train_timesteps": 1000}
     prediction = "velocity"
     combine = staticmethod(per_row)
     guidance_scale = 4.0
