@@ -69,6 +69,11 @@ def test_the_teacher_makes_the_latents_of_the_pipeline_from_prompts(capfd, flux,
         f"use it in a spec: teacher: {{path: {flux}, conditions: {out}}}\n"
     )
     assert " encode  3/3 prompts" in done.err
+    size = 4 * 4 * (512 * 32 + 24)  # four rows of float32
+    assert (
+        f"encode: {out} will have about {size / 1000:.1f} kB, and up to three times as much memory is needed\n"
+        in done.err
+    )
     teacher, noise, theirs = load(flux, size=[16, 24], conditions=str(out)), normal(3, 4, 8, 12), stock()
     for scale in (1.0, 3.0):
         expected = theirs(

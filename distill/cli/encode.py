@@ -9,7 +9,8 @@ from distill.cli.common import StoreOption, near
 from distill.cli.inspect import checkpoint
 from distill.core.collection import importing
 from distill.core.errors import InputError
-from distill.core.printing import say
+from distill.core.printing import say, say_error
+from distill.core.space import human
 from distill.core.text import is_text, suggest
 
 SUFFIX, DTYPES = ".safetensors", ("float32", "bfloat16", "float16")
@@ -48,8 +49,12 @@ def encode(
         from distill.teachers import conditions, encoding
 
     encoders = encoding.load(spec, arguments.device(device), checkpoints.DTYPES[dtype])
+
+    def begun(size: int) -> None:
+        say_error(f"encode: {out} will have about {human(size)}, and up to three times as much memory is needed")
+
     with Progress("encode", len(lines), "prompts", None) as progress:
-        rows, null = encoders.encode(lines, negative, batch, lambda done: progress.update(done, {}))
+        rows, null = encoders.encode(lines, negative, batch, lambda done: progress.update(done, {}), begun)
     conditions.write(out, rows, null)
     fields = ", ".join(f"{name} {list(each.shape[1:])}" for name, each in rows.items())
     say(f"wrote {near(out.absolute())}: {len(lines):,} prompts and the unconditional call; {fields}")

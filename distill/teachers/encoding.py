@@ -47,13 +47,21 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(
-        self, prompts: Sequence[str], negative: str, batch: int, done: Callable[[int], None]
+        self,
+        prompts: Sequence[str],
+        negative: str,
+        batch: int,
+        done: Callable[[int], None],
+        begun: Callable[[int], None] = lambda size: None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(a row of conditions for each prompt, the row of the unconditional call). All rows have one shape.
 
-        done: called with the number of prompts that are encoded. InputError if the rows do not fit the network.
+        done: called with the number of prompts that are encoded. begun: called before the first of them, with about the
+        number of bytes of all rows; it is larger if prompts have more tokens than the unconditional call. InputError if
+        the rows do not fit the network.
         """
         parts = [self._moved(self.convention.encode_null(self.pipeline, negative), 1)]
+        begun((len(prompts) + 1) * sum(each.nbytes for each in parts[0].values()))
         for start in range(0, len(prompts), batch):
             some = list(prompts[start : start + batch])
             parts.append(self._moved(self.convention.encode(self.pipeline, some), len(some)))
