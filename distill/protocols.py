@@ -20,6 +20,9 @@ from distill.flow.interpolants import Interpolant
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]  # (network, x_t [B, ...], time [B], cond) -> like x_t
 
+# (network, output of one of its layers, x_t, cond) -> the part of the output that belongs to the samples, [B, ...]
+OfImage = Callable[[nn.Module, Tensor | tuple[Tensor, ...], Tensor, Cond], Tensor]
+
 
 @runtime_checkable
 class VelocityField(Protocol):

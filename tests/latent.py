@@ -29,7 +29,9 @@ from distill.students import native
 from distill.teachers import encoding
 from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
+from distill.teachers.architectures.chroma import Chroma
 from distill.teachers.network_field import linear_call
+from distill.training.roles import _recompute
 
 CPU = torch.device("cpu")
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3 of `tokenizer`
@@ -157,6 +159,8 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     missed = [name for name, each in mapped.named_parameters() if each.requires_grad and each.grad is None]
     assert not missed, "`unused` names what has no effect on the output"
 
+    same_gradients_when_recomputed(teacher, noise, t, cond)
+
     # An acceleration is at first the velocity, for any second input.
     time, wide = torch.full((rows,), 500.0), native.accelerated(network)
     twice = torch.cat([noise, normal(*noise.shape, seed=9)], dim=1)
@@ -165,10 +169,54 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
         assert {each.p for each in grown.modules() if isinstance(each, nn.Dropout)} == {0.25}
     with torch.no_grad():
         same(convention.call(wide, twice, time, cond), convention.call(network, noise, time, cond), 1e-5)
-        (features,) = teacher.features(noise, t, cond, [convention.critic_layer(network)])
+        middle = [convention.critic_layer(network)]
+        (features,) = teacher.features(noise, t, cond, middle)
+        (alone,) = teacher.features(noise[:1], t[:1], {name: each[:1] for name, each in cond.items()}, middle)
         velocity, logit = native.critic(network, linear_call(teacher.field), 0)(noise, t, cond)
+        same_alone(native.critic(network, linear_call(teacher.field), 0), noise, t, cond, velocity, logit)
+    assert (alone - features[:1]).abs().max() <= 1e-5
+    tokens = features.shape[1] if features.ndim == 3 else features[0, 0].numel()
+    assert noise[0, 0].numel() % tokens == 0, "features belong to patches of the image only"
     assert features.ndim > 2 and len(features) == rows and features.isfinite().all()
     assert velocity.shape == noise.shape and logit.shape == (rows,)
+
+
+def same_gradients_when_recomputed(teacher: teachers.LoadedTeacher, noise: Tensor, t: Tensor, cond) -> None:
+    """Checks launch.activation_checkpointing."""
+    if not teacher.network._supports_gradient_checkpointing:
+        return
+    outputs, gradients = [], []
+    for again in (False, True):
+        student = native.velocity(native.copied(teacher.network, None), linear_call(teacher.field)).eval()
+        if again:
+            _recompute("a recipe", [student])
+        outputs.append(student(noise, t, cond))
+        outputs[-1].square().sum().backward()
+        gradients.append([each.grad for each in student.parameters() if each.grad is not None])
+    assert torch.equal(*outputs)
+    assert len(gradients[0]) == len(gradients[1])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert (kept - recomputed).abs().max() <= 1e-5 * kept.abs().max()
+
+
+def same_alone(critic, noise: Tensor, t: Tensor, cond, velocity: Tensor, logit: Tensor) -> None:
+    """Checks that each row alone gives the same as in the batch, and that the padding of prompts has no effect."""
+    convention = convention_of(critic.field.network)
+    fields = convention.fields(json.loads(critic.field.network.to_json_string()))
+    free = {name for name, each in fields.items() if each.shape and each.shape[0] is None}
+    masked = any(name.endswith("mask") for name in free) and not isinstance(convention, Chroma)
+    if masked:  # Chroma's network adds its mask to the scores, so its padding has an effect
+        longer = {
+            name: torch.cat([each, each.new_zeros(len(each), 3, *each.shape[2:])], dim=1) if name in free else each
+            for name, each in cond.items()
+        }
+        v, own = critic(noise, t, longer)
+        assert (v - velocity).abs().max() <= 1e-5
+        assert (own - logit).abs().max() <= 1e-5
+    for i in range(len(noise)):
+        v, own = critic(noise[i : i + 1], t[i : i + 1], {name: each[i : i + 1] for name, each in cond.items()})
+        assert (v - velocity[i]).abs().max() <= 1e-5
+        assert (own - logit[i]).abs().max() <= 1e-5
 
 
 def tokenizer(length: int = 77, side: str = "right", template: str | None = None) -> PreTrainedTokenizerFast:

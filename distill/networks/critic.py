@@ -12,7 +12,12 @@ from distill.networks.architectures import drawn
 from distill.networks.experts import Experts
 from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_mlp import VelocityMLP
-from distill.protocols import Cond
+from distill.protocols import Cond, OfImage
+
+
+def whole(network: nn.Module, output: Tensor | tuple[Tensor, ...], x_t: Tensor, cond: Cond) -> Tensor:
+    """The output of a layer, or the first of its outputs."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 class Critic(nn.Module):
@@ -23,17 +28,22 @@ class Critic(nn.Module):
 
     layers: names of the modules of `field.network` whose output, [B, tokens, width] or [B, width, ...], is classified;
     two for networks that are `Experts`. None: those of a UNet2DModel with a mid block, or of a VelocityMLP; InputError
-    if it is neither. part: of the output, if it is a tuple.
+    if it is neither. of_image: what belongs to the image in such an output.
     """
 
     interpolant = linear()
     t_range = (0.0, 1.0)
 
     def __init__(
-        self, field: VelocityStudent, seed: int, layers: Sequence[str] | None = None, width: int = 0, part: int = 0
+        self,
+        field: VelocityStudent,
+        seed: int,
+        layers: Sequence[str] | None = None,
+        width: int = 0,
+        of_image: OfImage = whole,
     ) -> None:
         super().__init__()
-        self.field, self.part = field, part
+        self.field, self.of_image = field, of_image
         network = field.network
         with drawn(seed, "head"):
             if layers is not None:
@@ -57,10 +67,10 @@ class Critic(nn.Module):
         self.layers, self.pooled = tuple(layers), not isinstance(network, UNet2DModel | VelocityMLP)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        network, found = self.field.network, list[Tensor]()
+        network, found = self.field.network, list[Tensor | tuple[Tensor, ...]]()
 
         def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found.append(output if isinstance(output, Tensor) else output[self.part])
+            found.append(output)
 
         handles = [network.get_submodule(name).register_forward_hook(keep) for name in self.layers]
         try:
@@ -68,7 +78,11 @@ class Critic(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        features = [_pooled(each) if self.pooled else each for each in found]
+        features = list[Tensor]()
+        for i, output in enumerate(found):
+            rows = network.rows[i] if isinstance(network, Experts) else slice(None)
+            own = self.of_image(network, output, x_t[rows], {name: each[rows] for name, each in cond.items()})
+            features.append(_pooled(own) if self.pooled else own)
         joined = network.joined(features) if isinstance(network, Experts) else features[0]
         with torch.autocast(x_t.device.type, enabled=False):
             return velocity, self.head(joined.float()).squeeze(1)

@@ -4,7 +4,7 @@ Both start as the velocity network that they are made from.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.utils.checkpoint
@@ -14,6 +14,11 @@ from distill.networks.experts import Experts
 from distill.protocols import Cond, NetworkCall
 
 FREQUENCIES = 16
+
+
+def recomputed(module: Callable[..., object], *inputs: object) -> object:
+    """Calls module(*inputs). Its activations are computed again in the backward pass, instead of being kept."""
+    return torch.utils.checkpoint.checkpoint(module, *inputs, use_reentrant=False)
 
 
 class TwoTimes(nn.Module):
@@ -52,7 +57,7 @@ class TwoTimes(nn.Module):
             finally:
                 self._embedded = now
 
-        return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False)
+        return recomputed(again, *inputs)
 
     def _add(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         assert self._embedded is not None, "call a network with two times through TwoTimes"

@@ -162,8 +162,9 @@ def critic(network: nn.Module, call: LinearCall, seed: int) -> Critic:
     """A velocity and one logit per sample, from the features in the middle of the network."""
     convention = convention_for(network)
     layers = [prefix + convention.critic_layer(part) for prefix, part in parts_of(network)]
-    width, part = convention.critic_width(_config(network)), convention.image_output
-    return Critic(VelocityStudent(network, call), seed, layers, width, part)
+    return Critic(
+        VelocityStudent(network, call), seed, layers, convention.critic_width(_config(network)), convention.of_image
+    )
 
 
 def convention_for(network: nn.Module) -> Convention:

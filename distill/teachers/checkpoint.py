@@ -20,6 +20,7 @@ from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import sample_noise
 from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
+from distill.networks.critic import whole
 from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
@@ -81,7 +82,7 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
         unconditional=found.student.unconditional,
         license=found.license,
         codec=found.codec,
-        image_output=convention.image_output if isinstance(convention, Convention) else 0,
+        of_image=convention.of_image if isinstance(convention, Convention) else whole,
         combine=convention.combine if isinstance(convention, Convention) else cfg,
         boundary=_boundary(found),
         packaging=found.packaging,

@@ -4,9 +4,10 @@ A module of `architectures` defines a subclass of `Convention` for one family of
 of that family's pipeline in diffusers does; the tests compare both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import diffusers
 import torch
@@ -21,6 +22,8 @@ from distill.teachers.conditions import ConditionFile
 from distill.teachers.read import Config, short
 
 Weights = Mapping[str, Tensor]
+Output: TypeAlias = Tensor | tuple[Tensor, ...]  # of a block
+Recompute = Callable[..., object]  # (block, *inputs) -> the output of the block
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,28 @@ class Convention:
         """The channels of the output of `critic_layer`, [B, tokens, width] or [B, width, ...]."""
         return self.time_width(config)
 
+    def image_tokens(self, network: nn.Module, x_t: Tensor) -> int | None:
+        """The tokens of one image, if blocks return those of the prompt before them; None: they return no others."""
+        return None
+
+    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+        """What belongs to the image in the output of a block, [B, tokens, width] or [B, width, ...].
+
+        So features depend neither on the padding of a prompt nor on the other rows of the batch.
+        """
+        features = output if isinstance(output, Tensor) else output[self.image_output]
+        count = self.image_tokens(network, x_t)
+        return features if count is None else features[:, -count:]
+
     def settled(self, network: nn.Module) -> None:
         """Turns off what is random in a network's train() mode, other than dropout of features."""
+
+    def recomputing(self, network: nn.Module, checkpoint: Recompute) -> Recompute:
+        """How the network calls its blocks if their activations are recomputed in the backward pass.
+
+        checkpoint: computes block(*inputs), and recomputes it from the same inputs.
+        """
+        return checkpoint
 
     def unused(self, network: nn.Module) -> Sequence[str]:
         """The names of the modules that have no effect on the output, and are not trained."""

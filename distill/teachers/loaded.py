@@ -13,8 +13,9 @@ from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
 from distill.flow.fields import Indexed
 from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
+from distill.networks.critic import whole
 from distill.networks.experts import Experts
-from distill.protocols import Codec, Cond, Conditioning, VelocityField
+from distill.protocols import Codec, Cond, Conditioning, OfImage, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
 
@@ -44,7 +45,7 @@ class LoadedTeacher:
     given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     codec: Codec = PIXELS
     layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
-    image_output: int = 0  # which part of a layer's output is its features, if that is a tuple
+    of_image: OfImage = whole  # what belongs to the sample in a layer's output
     combine: Combine = cfg  # guidance as the teacher's own pipeline does it
     boundary: float | None = None  # time below which the second of two networks is called; None: there is one network
     packaging: Packaging | None = None
@@ -71,6 +72,8 @@ class LoadedTeacher:
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]:
         """Returns the outputs of these layers for x_t [B, ...] at t [B], each [B, ...]. Gradients flow to x_t.
 
+        Only what belongs to the samples is returned, without tokens of prompts.
+
         Raises InputError for a layer that is not in `layers`, and for closed-form teachers.
         """
         unknown = [name for name in layers if name not in self.layers]
@@ -78,10 +81,10 @@ class LoadedTeacher:
             why = "it has two networks" if isinstance(self.network, Experts) else "it is known in closed form"
             valid = ", ".join(self.layers) or f"none, because {why}"
             raise InputError(f"{self.description} has no layer {unknown[0] if unknown else ''}; valid: {valid}")
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor | tuple[Tensor, ...]] = {}
 
         def keep(name: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[name] = output if isinstance(output, Tensor) else output[self.image_output]
+            found[name] = output
 
         hooks = [self.network.get_submodule(n).register_forward_hook(partial(keep, n)) for n in dict.fromkeys(layers)]
         try:
@@ -89,7 +92,7 @@ class LoadedTeacher:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[name] for name in layers]
+        return [self.of_image(self.network, found[name], x_t, cond) for name in layers]
 
     def indexed(self, settings: FieldSettings) -> VelocityField:
         """Like `field_with`, but called with the index of each sample's condition. Used to solve the paths of pairs."""

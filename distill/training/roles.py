@@ -15,9 +15,10 @@ from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
 from distill.networks.adapters import as_trained
-from distill.networks.two_times import TwoTimes
+from distill.networks.two_times import TwoTimes, recomputed
 from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
 from distill.spec.model import TrainStage
+from distill.teachers.architectures import convention_of
 from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, TensorGroup, ema_group, network_group, optimizer_group
 from distill.training.ema import Ema
 from distill.training.sharding import Sharding, Trainable
@@ -222,4 +223,8 @@ def _recompute(recipe: str, networks: list[nn.Module]) -> None:
     two_times = [m for network in networks for m in network.modules() if isinstance(m, TwoTimes)]
     for part in able:
         owner = next((each for each in two_times if part in each.modules()), None)
-        part.enable_gradient_checkpointing(None if owner is None else owner.checkpoint)
+        checkpoint = recomputed if owner is None else owner.checkpoint
+        convention = convention_of(part)
+        part.enable_gradient_checkpointing(
+            checkpoint if convention is None else convention.recomputing(part, checkpoint)
+        )

@@ -42,6 +42,10 @@ class AuraFlow(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_step_proj"]
 
+    def image_tokens(self, network: nn.Module, x_t: Tensor) -> int | None:
+        patch = _Config.model_validate(network.config).patch_size
+        return x_t.shape[-2] // patch * (x_t.shape[-1] // patch)
+
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output: Tensor = network(
             hidden_states=x_t,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.flow.packing import grid_ids, packed, unpacked
 from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, size_of
+from distill.teachers.convention import CondField, Convention, Recompute, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
 
@@ -56,6 +56,23 @@ class Chroma(Convention):
     def critic_width(self, config: Config) -> int:
         own = _Config.model_validate(config)
         return own.num_attention_heads * own.attention_head_dim
+
+    def image_tokens(self, network: nn.Module, x_t: Tensor) -> int | None:
+        return x_t.shape[-2] // 2 * (x_t.shape[-1] // 2)
+
+    def recomputing(self, network: nn.Module, checkpoint: Recompute) -> Recompute:
+        """With the mask of the text in the single blocks, from which the class leaves it out in this case."""
+        masks: list[Tensor] = []  # of the current call
+
+        def keep(module: nn.Module, inputs: object, options: Mapping[str, Tensor]) -> None:
+            masks[:] = [options["attention_mask"]]
+
+        def block(module: nn.Module, *inputs: object) -> object:
+            left_out = len(inputs) == 3  # hidden_states, temb and image_rotary_emb; attention_mask comes next
+            return checkpoint(module, *inputs, *(masks if left_out else []))
+
+        network.register_forward_pre_hook(keep, with_kwargs=True)
+        return block
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, tokens, (height, width) = cond["encoder_hidden_states"], packed(x_t), x_t.shape[-2:]

@@ -50,6 +50,9 @@ class Flux2(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_guidance_embed"]
 
+    def image_tokens(self, network: nn.Module, x_t: Tensor) -> int | None:
+        return x_t.shape[-2] * x_t.shape[-1]
+
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, (height, width) = cond["encoder_hidden_states"], x_t.shape[-2:]
         # Positions are (image, row, column, token of the text).

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.flow.guidance import TINY, cfg
 from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, Weights, size_of
+from distill.teachers.convention import CondField, Convention, Output, Weights, size_of
 from distill.teachers.read import Config, Read, Side, Size, checked
 
 TOKENS = 256  # of a prompt
@@ -81,6 +81,13 @@ class Lumina2(Convention):
         name, patch = "x_embedder.weight", _Config.model_validate(config).patch_size
         read = weights[name].unflatten(1, (patch * patch, -1))
         return {**weights, name: torch.cat([read, torch.zeros_like(read)], dim=2).flatten(1)}
+
+    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+        """The tokens of each image come after those of its own prompt, and the padding after both."""
+        assert isinstance(output, Tensor)
+        patch = _Config.model_validate(network.config).patch_size
+        count, lengths = x_t.shape[-2] // patch * (x_t.shape[-1] // patch), cond["encoder_attention_mask"].sum(1)
+        return torch.stack([row[length : length + count] for row, length in zip(output, lengths.tolist(), strict=True)])
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output: Tensor = network(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, Weights, of_one_length, size_of
+from distill.teachers.convention import CondField, Convention, Output, Weights, of_one_length, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
 TOKENS = 512  # of a prompt, at most
@@ -85,6 +85,11 @@ class ZImage(Convention):
                 dim = 1 if name.startswith("all_x_embedder.") else 0
                 found[name] = torch.cat([weight, torch.zeros_like(weight)], dim=dim)
         return found
+
+    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+        """The tokens of the image come before those of the prompt."""
+        assert isinstance(output, Tensor)
+        return output[:, : x_t.shape[-2] // PATCH * (x_t.shape[-1] // PATCH)]
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         frames = x_t.shape[1] // network.config["in_channels"]  # 1, or 2 of `with_velocity`
