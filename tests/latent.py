@@ -240,7 +240,8 @@ def tokenizer(length: int = 77, side: str = "right", template: str | None = None
 def prompted(folder: Path, stock, negative: str = NEGATIVE, **fields) -> teachers.LoadedTeacher:
     """The teacher of a stock pipeline, with conditions of PROMPTS and `negative` as `distill encode` makes them."""
     pipeline = write(folder / "pipeline", stock)
-    encoders = encoding.load(CheckpointTeacher(path=str(pipeline)), CPU, torch.float32)
+    spec = CheckpointTeacher(path=str(pipeline), size=fields.get("size"))
+    encoders = encoding.load(spec, CPU, torch.float32)
     rows, null = encoders.encode(PROMPTS, negative, len(PROMPTS), lambda done: None)
     return load(pipeline, conditions=write_conditions(folder / "encoded.safetensors", rows, null), **fields)
 
