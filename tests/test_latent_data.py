@@ -11,16 +11,19 @@ import test_teacher_flux as flux
 import test_teacher_wan as wan
 import torch
 from checkpoints import refused
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from latent import edit, load, normal, seeded, write, write_conditions
 from latent_runs import MORE_PAIRS, PAIRS, content, images, run
+from students import card
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.data import DataSource
 from distill.data.arrays import ArrayData
 from distill.evaluation import measuring
+from distill.evaluation.sample import write_samples
 from distill.execution import preflight
 from distill.execution.sources import Prepared, Solving
 from distill.flow import codecs
@@ -30,7 +33,9 @@ from distill.networks.experts import Experts
 from distill.pairs import PairSet, PairSource, manifest
 from distill.runs.progress import Progress
 from distill.spec import checks, specfile
-from distill.spec.model import EvaluateStage, PairsStage
+from distill.spec.model import CheckpointTeacher, EvaluateStage, PairsStage
+from distill.students.exporting import export
+from distill.students.init import StudentInit
 
 CPU = torch.device("cpu")
 PIXELS = normal(9, 3, 16, 16, seed=4).tanh()
@@ -258,3 +263,21 @@ def test_data_of_training_is_encoded_on_the_device_of_the_stage(folder):
     assert torch.equal(found, codec.encode(pixels))
     with pytest.raises(NotImplementedError, match="meta"):
         Prepared.of(source, conditioning, codec, torch.device("meta")).batch(0, Rows(0, 4, 4))
+
+
+def test_samples_of_a_student_are_made_in_blocks_that_can_be_decoded_at_once(folder, tmp_path, monkeypatch):
+    teacher, sizes = load(folder), []
+    student = StudentInit(teacher, None, teacher.shape, 3, 0, teacher).velocity_field().eval()
+    export(student, tmp_path / "student", card(shape=teacher.shape, num_classes=3), teacher.packaging)
+    monkeypatch.setattr(codecs, "MEMORY", 4 * 3 * 16 * 16 * 4)
+    hook = register_module_forward_pre_hook(
+        lambda module, inputs: sizes.append(len(inputs[0])) if isinstance(module, DiTTransformer2DModel) else None
+    )
+    like = CheckpointTeacher(path=str(folder))
+    try:
+        write_samples(
+            tmp_path / "student", tmp_path / "x.png", steps=1, seed=0, count=9, labels=None, device=CPU, like=like
+        )
+    finally:
+        hook.remove()
+    assert sizes == [4, 4, 1]
