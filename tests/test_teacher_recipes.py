@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, DDIMScheduler
 from latent import normal, seeded, write, write_conditions
 from latent_runs import PAIRS, RECIPES, TRAIN, content, images, run
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.data.arrays import ArrayData
@@ -104,6 +105,17 @@ def test_three_steps(tmp_path, teacher, recipe):
     done = go(tmp_path, teacher, [recipe])
     card = student_card.verify(done.student(recipe.partition("/")[2]))
     assert card.images == 12
+
+
+@pytest.mark.parametrize("recipe", ["reflow/reflow", "reflow/caf", "shortcut/meanflow", "score/dmd2"])
+@pytest.mark.parametrize("teacher", ["sd 1", "flux dev"])
+def test_students_of_a_teacher_in_16_bits_are_trained_in_float32(tmp_path, teacher, recipe):
+    given = {**TEACHERS[teacher].write(tmp_path), "dtype": "bfloat16"}
+    done = run(tmp_path, content(given, images(tmp_path / "data", 3, 16, 24), [recipe], {}))
+    folder = done.student(recipe.partition("/")[2])
+    assert student_card.verify(folder).images == 12
+    for path in folder.rglob("*.safetensors"):
+        assert {each.dtype for each in load_file(path).values()} == {torch.float32}
 
 
 EVALUATED = ["reflow/reflow", "consistency/consistency", "reflow/caf"]  # a student of each kind
