@@ -12,10 +12,13 @@ import test_teacher_wan as wan
 import torch
 from diffusers import FluxTransformer2DModel
 from latent import CPU, conditions, ddim, load, normal, write, write_conditions
+from latent_runs import content, images
 
 from distill.core.errors import InputError
 from distill.exchange.student_card import StudentCard
+from distill.execution import forecast, preflight
 from distill.networks.experts import Experts
+from distill.spec import checks, specfile
 from distill.spec.model import CheckpointTeacher, UNetSpec
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
@@ -159,3 +162,20 @@ def test_recomputed_activations_have_the_second_time_of_their_own_call(tmp_path)
         (first.square().sum() + second.sum()).backward()
     for (name, ours), theirs in zip(recomputing.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+def test_the_checks_before_a_run_copy_no_weights(place, teacher, tmp_path):
+    given = {"path": str(place["folder"]), "size": place["size"], "conditions": place["conditions"]}
+    recipes = ["reflow/reflow", "reflow/caf", "shortcut/shortcut"]
+    spec = specfile.validate(content(given, images(tmp_path / "data", 3, 16, 24), recipes), "spec")
+    ready = preflight.check(checks.check(spec, tmp_path))
+    assert [*ready.built] == ["reflow", "caf", "shortcut"]
+    for each in ready.built.values():
+        assert all(p.is_meta for p in each.student.network.parameters())
+    assert not any(p.is_meta for p in ready.teacher.network.parameters())
+    size = sum(p.numel() for p in teacher.network.parameters())
+    assert sum(ready.built["reflow"].sizes["student"]) == size
+    assert size < sum(ready.built["shortcut"].sizes["student"]) < 2 * size < sum(ready.built["caf"].sizes["student"])
+    # A call of a student takes as long as one of the teacher, for each parameter.
+    seconds = {name: cost.seconds for name, cost in forecast.forecast(ready, here=False).items()}
+    assert seconds.keys() == {"pairs", *ready.built} and all(each > 0 for each in seconds.values())

@@ -99,7 +99,11 @@ class _Forecast:
 
     def _seconds(self, network: Origin, batch: int) -> float:
         """Seconds of a network call per sample of a batch. It is measured once for networks with the same config."""
-        module = network.network
+        module, teacher = network.network, self.ready.teacher
+        if module is not None and next(module.parameters()).is_meta:  # it has no values: see preflight
+            assert teacher is not None and teacher.network is not None, "only copies of the teacher are made like this"
+            sizes = [sum(p.numel() for p in each.parameters()) for each in (module, teacher.network)]
+            return self._seconds(teacher, batch) * sizes[0] / sizes[1]
         kind = network.description if module is None else f"{type(module).__name__} {json.dumps(dict(module.config))}"
         key = f"{kind} {network.shape} {batch}"
         if key not in self.measured:

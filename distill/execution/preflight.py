@@ -4,6 +4,7 @@ The predictions of memory (`estimate`) and time (`forecast`) use what was loaded
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from distill.spec import pairspec, registry
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved, ResolvedRecipe
-from distill.students import sampling
+from distill.students import native, sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
 from distill.teachers import LoadedTeacher
 from distill.teachers.codecs import LatentCodec
-from distill.teachers.network_field import LinearCall, NetworkField
+from distill.teachers.network_field import EdmField, LinearCall, NetworkField
 from distill.teachers.of_students import weak_teacher
 
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def _build(
     if isinstance(teacher, LoadedStudent):
         raise InputError(f"{teacher.description} is not a teacher")
     if teacher is not None:
-        teacher = teacher_on_linear_path(teacher)
+        teacher = _without_values(teacher_on_linear_path(teacher))
     origin = _student(earlier, stage.init) if stage.init is not None else teacher
     init = start(stage, recipe, teacher, origin, data, 0)
     made: Recipe = recipe.module.Recipe(recipe.config, teacher)
@@ -182,6 +183,20 @@ def _build(
     student = made_of["student"].module  # adapters will be merged into it
     exported = sum(p.numel() for p in student.parameters())
     return made, Built(_pretend(student, init), sizes, still, exported, copies, teacher)
+
+
+def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:
+    """The teacher, if it is of a latent-space pipeline with its network on the meta device, so that the networks made
+    from it take no memory. Only their shapes are needed here.
+    """
+    if teacher.network is None or not native.is_native(teacher.network):
+        return teacher
+    assert isinstance(teacher.field, EdmField | NetworkField)
+    shapes: dict[int, object] = {
+        id(each): torch.nn.Parameter(each.to("meta"), each.requires_grad) for each in teacher.network.parameters()
+    }
+    network = deepcopy(teacher.network, shapes).to("meta")
+    return replace(teacher, network=network, field=replace(teacher.field, network=network))
 
 
 def _student(earlier: Mapping[str, Built], name: str) -> Origin:

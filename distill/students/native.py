@@ -148,9 +148,10 @@ def accelerated(network: nn.Module) -> nn.Module:
     convention = convention_for(network)
     # diffusers would ignore what is set here for options that the config did not have
     config = {name: each for name, each in network.config.items() if name != "_use_default_values"}
-    with drawn(0, "acceleration"):  # all random weights are replaced
+    with init_empty_weights(include_buffers=False):  # all weights are set below
         grown = type(network).from_config(convention.with_velocity(config))
-    grown.load_state_dict(convention.widened(config, network.state_dict(), grown.state_dict()))
+    weights = convention.widened(config, network.state_dict(), grown.state_dict())
+    grown.load_state_dict({name: each.clone() for name, each in weights.items()}, assign=True)
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Dropout):
             grown.get_submodule(name).p = layer.p  # a stage may set another one than the config
@@ -198,8 +199,8 @@ def _built_again(network: nn.Module) -> nn.Module:
         case TwoTimes():
             with drawn(0, "second time"):  # all random weights are replaced
                 again = TwoTimes(_built_again(network.network), network.layers, network.gap[0].out_features)
-            again.gap.load_state_dict(network.gap.state_dict())
-            again.gap.to(network.gap[0].weight.device)
+            weights = {name: each.clone() for name, each in network.gap.state_dict().items()}
+            again.gap.load_state_dict(weights, assign=True)
             return again
         case ModelMixin():
             with init_empty_weights(include_buffers=False):
