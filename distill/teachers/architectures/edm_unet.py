@@ -56,6 +56,11 @@ class EdmArchitecture:
     """Networks for images in pixel space, with or without class labels. Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (SongUNet2DModel, DhariwalUNet2DModel)
+    title: str = "EDM (files of `distill convert`)"
+    pipelines: tuple[str, ...] = ()
+    prediction: str = "epsilon (the raw network)"
+    conditions: str = "class labels, or none"
+    guidance: str = "second call, if there is a null class"
 
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(EdmConfig, content, path)
