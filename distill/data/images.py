@@ -13,6 +13,7 @@ from distill.core.errors import InputError, RunError
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.index import CHUNK, REASONS, ImageIndex, State
 from distill.data.rows import ImageRows
+from distill.data.source import Items
 from distill.flow.draws import uniforms
 from distill.spec.model import ImageOptions
 
@@ -52,11 +53,11 @@ class ImageData:
     def __len__(self) -> int:
         return len(self._readable)
 
-    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def items(self, epoch: int, indices: Sequence[int]) -> Items:
         """Returns images [n, C, H, W] float32 in [-1, 1] and labels [n]. Crop and flip depend on (seed, epoch, row)."""
         found = [self._item(int(i), epoch) for i in indices]
         images = torch.stack([sample for _, sample in found])
-        return images, None if self._labels is None else self._labels[[row for row, _ in found]]
+        return Items(images, None if self._labels is None else self._labels[[row for row, _ in found]])
 
     def _item(self, i: int, epoch: int) -> tuple[int, Tensor]:
         """Returns the row and the sample of the i-th readable image, or of the next one if that image is damaged.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,9 +11,17 @@ from distill.flow.draws import Rows, permutation
 from distill.protocols import Batch
 
 
+class Items(NamedTuple):
+    """Some samples of a data set."""
+
+    samples: Tensor  # [n, ...] float32: pixels in [-1, 1], or latents
+    labels: Tensor | None = None  # [n] int64: class ids, or numbers of prompts; None: unconditional
+    sizes: Tensor | None = None  # [n, 6] int64, see `protocols.Conditioning`
+
+
 @runtime_checkable
 class DataSet(Protocol):
-    """Samples in [-1, 1] with class ids. A sample depends only on (epoch, index)."""
+    """Samples with labels. A sample depends only on (epoch, index)."""
 
     @property
     def name(self) -> str: ...
@@ -24,9 +32,7 @@ class DataSet(Protocol):
     @property
     def digest(self) -> str: ...  # SHA-256 over samples, labels and the options that change them
     def __len__(self) -> int: ...
-    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
-
-    # items returns images [n, ...] float32 in [-1, 1], and labels [n] int64 or None
+    def items(self, epoch: int, indices: Sequence[int]) -> Items: ...
 
 
 @lru_cache(maxsize=4)
@@ -53,13 +59,16 @@ class DataSource:
             )
         n = len(self.data)
         position, stop = step * self.batch_size + rows.start, step * self.batch_size + rows.stop
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
+        parts: list[Items] = []
         while position < stop:
             epoch, first = divmod(position, n)
             last = min(n, first + stop - position)
-            part, part_labels = self.data.items(epoch, _order(n, self.seed, epoch)[first:last].tolist())
-            images.append(part)
-            labels += [part_labels] if self.labels and part_labels is not None else []
+            parts.append(self.data.items(epoch, _order(n, self.seed, epoch)[first:last].tolist()))
             position += last - first
-        return Batch(torch.cat(images), None, {"class_labels": torch.cat(labels)} if labels else {})
+        cond = {}
+        if self.labels:
+            found = {"class_labels": [each.labels for each in parts], "sizes": [each.sizes for each in parts]}
+            cond = {
+                name: torch.cat(known) for name, each in found.items() if (known := [t for t in each if t is not None])
+            }
+        return Batch(torch.cat([each.samples for each in parts]), None, cond)

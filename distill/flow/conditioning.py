@@ -1,7 +1,8 @@
 """Conditioning on class labels or on rows of a table, and no conditioning."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class ClassLabels:
     def has_null(self) -> bool:
         return self.null_class is not None
 
-    def collate(self, indices: Tensor) -> Cond:
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
         return {"class_labels": indices}
 
     def null(self, cond: Cond) -> Cond:
@@ -35,26 +36,56 @@ class Unconditional:
     count: None = None
     has_null: bool = False
 
-    def collate(self, indices: Tensor) -> Cond:
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
         return {}
 
     def null(self, cond: Cond) -> Cond:
         return cond
 
 
+@runtime_checkable
+class ConditionRows(Protocol):
+    """The rows of a table of conditions: one for each condition, with one tensor for each field."""
+
+    @property
+    def fields(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]: ...  # shape of one row, and data type
+    def __len__(self) -> int: ...
+    def take(self, indices: Tensor) -> dict[str, Tensor]: ...  # [B] int64 on the CPU -> [B, ...] by field, on the CPU
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Rows in memory: [count, ...] by field. Implements `ConditionRows`."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def fields(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (tuple(each.shape[1:]), each.dtype) for name, each in self.tensors.items()}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: each[indices] for name, each in self.tensors.items()}
+
+
 @dataclass(frozen=True)
 class ConditionTable:
-    """Conditions that were computed beforehand, such as embeddings of prompts: index i has row i of each tensor.
+    """Conditions that were computed beforehand, such as embeddings of prompts: index i has row i.
 
-    rows: [count, ...] by field. null_rows: [1, ...] by field, of the null condition; None: there is none.
-    constants: [...] by field, equal for all samples. dtypes: by field, the data type that the network takes, to which
-    rows are converted when they are used; a field that is not named has the data type of its rows.
+    null_rows: [1, ...] by field, of the null condition; None: there is none.
+    constants: [...] by field, equal for all samples. of_sizes: computes those fields that depend on the sizes of the
+    images (see `protocols.Conditioning`) in place of the constants; None: no field does. dtypes: by field, the data
+    type that the network takes, to which rows are converted when they are used; a field that is not named has the data
+    type of its rows.
     """
 
-    rows: Mapping[str, Tensor]
+    rows: ConditionRows
     null_rows: Mapping[str, Tensor] | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    of_sizes: Callable[[Tensor], dict[str, Tensor]] | None = None
     _placed: dict[torch.device, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -62,15 +93,15 @@ class ConditionTable:
 
     @property
     def count(self) -> int:
-        return len(next(iter(self.rows.values())))
+        return len(self.rows)
 
     @property
     def has_null(self) -> bool:
         return self.null_rows is not None
 
-    def collate(self, indices: Tensor) -> Cond:
-        rows = indices.cpu()
-        found = {name: each[rows].to(indices.device, self._dtype(name, each)) for name, each in self.rows.items()}
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
+        taken = self.rows.take(indices.cpu())
+        found = {name: each.to(indices.device, self._dtype(name, each)) for name, each in taken.items()}
         return found | _repeated(self._on(indices.device)[1], len(indices))
 
     def null(self, cond: Cond) -> Cond:

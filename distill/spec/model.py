@@ -301,11 +301,15 @@ class LaunchSpec(FrozenModel):
         return self.nodes * self.procs
 
 
-# Fields of stages and of the teacher that were added after 0.2.0.
+# Fields of stages, of the teacher and of the kinds of data that were added after 0.2.0.
 ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}
 ADDED_TO_TEACHER = {
     "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
 }  # fmt: skip
+ADDED_TO_DATA = {
+    "images": {"captions", "split", "buckets"},
+    "hf": {"caption_column", "stream", "limit", "buckets"},
+}
 
 
 class RunSpec(FrozenModel):
@@ -343,6 +347,7 @@ class RunSpec(FrozenModel):
         content = self.model_dump(mode="json", exclude={"launch", "name"})
         for name, stage in self.stages.items():
             content["stages"][name] = _without_defaults(content["stages"][name], stage, ADDED)
+        content["data"] = _without_defaults(content["data"], self.data, ADDED_TO_DATA.get(self.data.kind, set()))
         if self.teacher is not None:
             content["teacher"] = _without_defaults(content["teacher"], self.teacher, ADDED_TO_TEACHER)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
+from distill.flow.conditioning import ConditionRows, HeldRows
 from distill.teachers.read import short, unreadable
 
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
@@ -35,11 +36,11 @@ class Wanted(Protocol):
 class ConditionFile:
     """The content of a file with conditions.
 
-    rows: [N, ...] by field. null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file.
+    null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file.
     """
 
     path: Path
-    rows: Mapping[str, Tensor]
+    rows: ConditionRows
     null_rows: Mapping[str, Tensor] | None
     digest: str
 
@@ -48,8 +49,9 @@ class ConditionFile:
 
         A row of an optional field has the shape and data type of the tensor in `optional`.
         """
-        missing = [name for name in fields if name not in self.rows and name not in optional]
-        unknown = [name for name in self.rows if name not in fields and name not in optional]
+        held = self.rows.fields
+        missing = [name for name in fields if name not in held and name not in optional]
+        unknown = [name for name in held if name not in fields and name not in optional]
         for what, names in {"missing": missing, "unknown": unknown}.items():
             if names:
                 raise InputError(
@@ -57,9 +59,8 @@ class ConditionFile:
                     f"{', '.join([*fields, *(name for name in optional if name not in fields)])}"
                 )
         for name, wanted in {**optional, **fields}.items():
-            for table in (self.rows, self.null_rows or {}):
-                if name in table:
-                    self._check(name, table[name], wanted)
+            if name in held:
+                self._check(name, *held[name], wanted)
         self._check_lengths(fields)
 
     def _check_lengths(self, fields: Mapping[str, Wanted]) -> None:
@@ -67,8 +68,8 @@ class ConditionFile:
         found = {
             name: side
             for name, wanted in fields.items()
-            if name in self.rows
-            for side, given in zip(self.rows[name].shape[1:], wanted.shape, strict=True)
+            if name in self.rows.fields
+            for side, given in zip(self.rows.fields[name][0], wanted.shape, strict=True)
             if given is None
         }
         if len(set(found.values())) > 1:
@@ -77,13 +78,13 @@ class ConditionFile:
                 f"{', '.join(f'{name} {side}' for name, side in found.items())}; valid: the same number in each"
             )
 
-    def _check(self, name: str, tensor: Tensor, wanted: Wanted) -> None:
-        found, shape = tuple(tensor.shape[1:]), wanted.shape
+    def _check(self, name: str, found: tuple[int, ...], dtype: torch.dtype, wanted: Wanted) -> None:
+        shape = wanted.shape
         if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape, strict=True)):
             sides = ", ".join("any" if side is None else str(side) for side in shape)
             raise InputError(f"{self.path}: {name} has rows of shape {list(found)}; valid for this network: [{sides}]")
-        if tensor.is_floating_point() != wanted.dtype.is_floating_point:
-            raise InputError(f"{self.path}: {name} has the data type {tensor.dtype}; valid: {wanted.dtype}")
+        if dtype.is_floating_point != wanted.dtype.is_floating_point:
+            raise InputError(f"{self.path}: {name} has the data type {dtype}; valid: {wanted.dtype}")
 
 
 def read(path: Path) -> ConditionFile:
@@ -110,7 +111,7 @@ def read(path: Path) -> ConditionFile:
     for name, each in tensors.items():
         if each.is_floating_point() and not each.isfinite().all():
             raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
-    return ConditionFile(path, rows, null or None, digest)
+    return ConditionFile(path, HeldRows(rows), null or None, digest)
 
 
 def write(path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None) -> None:

@@ -138,7 +138,7 @@ class Convention:
                 f"teacher.embedded_guidance has no effect: this network ({path}) does not take the guidance scale as "
                 "an input; remove it"
             )
-        if asked.embedded_guidance is not None and "guidance" in given.rows:
+        if asked.embedded_guidance is not None and "guidance" in given.rows.fields:
             raise InputError(
                 f"teacher.embedded_guidance={asked.embedded_guidance:g} has no effect: {given.path} has the guidance "
                 "scale of each row, in its field `guidance`; remove one of both"
@@ -147,7 +147,7 @@ class Convention:
         return ConditionTable(
             given.rows,
             given.null_rows,
-            {name: each for name, each in constants.items() if name not in given.rows},
+            {name: each for name, each in constants.items() if name not in given.rows.fields},
             {name: each.dtype for name, each in {**constants, **fields}.items()},
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from distill.core.errors import InputError
+from distill.flow.conditioning import HeldRows
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import files, weights
 from distill.teachers.conditions import ConditionFile
@@ -74,7 +75,7 @@ class TextEncoders:
                 )
         rows, null = ({name: each[part] for name, each in joined.items()} for part in (slice(1, None), slice(1)))
         asked = Asked(self.facts.size)
-        ConditionFile(self.facts.path.parent, rows, null, "").check(
+        ConditionFile(self.facts.path.parent, HeldRows(rows), null, "").check(
             self.convention.fields(self.facts.content), self.convention.constants(self.facts.content, asked)
         )
         return rows, null

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.core.stop import StopRequest
 from distill.data import DataSource
+from distill.data.source import Items
 from distill.evaluation.metrics.wasserstein import sliced_wasserstein
 from distill.flow import solvers
 from distill.flow.draws import Rows, permutation, sample_noise
@@ -44,8 +45,8 @@ class Exact:
     def __len__(self) -> int:
         return len(self.data)
 
-    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, None]:
-        return self.data[list(indices)], None
+    def items(self, epoch: int, indices: Sequence[int]) -> Items:
+        return Items(self.data[list(indices)])
 
 
 @dataclass(frozen=True)

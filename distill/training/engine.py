@@ -19,7 +19,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
 from distill.flow.draws import Rows, StepDraw, key
-from distill.protocols import Batch, Draw, Init, Loss, Pairs, Recipe, Source
+from distill.protocols import Draw, Init, Loss, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
@@ -191,8 +191,9 @@ def step_once(
     world = roles.world
     # Only dropout uses the global generator. It is seeded at every step, so that a resumed run drops the same.
     torch.manual_seed(key(seed, "dropout", step, world.rank))
+    move = partial(Tensor.to, device=device, non_blocking=True)
     with world.contact(f"step {step}, reading its batch"):
-        batches = [_to(source.batch(step, rows), device) for rows in slices]
+        batches = [source.batch(step, rows).map(move) for rows in slices]
     carries: list[dict[str, Tensor]] = [{} for _ in slices]
     moved: dict[str, dict[str, float]] = {}
     for index, turn in enumerate(recipe.turns(step, images)):
@@ -245,16 +246,6 @@ def _environment(device: torch.device, micro_batch: int, world: World, sharding:
     where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
     ranks = {"procs": world.size, **sharding.record}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    move = partial(Tensor.to, device=device, non_blocking=True)
-    cond, data_cond = ({name: move(tensor) for name, tensor in each.items()} for each in (batch.cond, batch.data_cond))
-    pairs = batch.pairs
-    if pairs is not None:
-        states, times = (None if each is None else move(each) for each in (pairs.states, pairs.times))
-        pairs = Pairs(move(pairs.noise), move(pairs.data), states, times)
-    return Batch(None if batch.data is None else move(batch.data), pairs, cond, data_cond)
 
 
 def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:

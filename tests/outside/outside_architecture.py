@@ -42,7 +42,7 @@ class Angles:
     count: int
     has_null: bool = True
 
-    def collate(self, indices: Tensor) -> Cond:
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
         angle = 2 * math.pi * indices / self.count
         return {"direction": torch.stack([angle.cos(), angle.sin()], dim=1), "class_labels": indices}
 

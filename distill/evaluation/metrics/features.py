@@ -164,7 +164,7 @@ def _classes(data: DataSet) -> int | None:
 
 
 def _with_task(data: DataSet, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor]:
-    images, labels = data.items(epoch, indices)
+    images, labels, _ = data.items(epoch, indices)
     if labels is not None and _classes(data):
         return images, labels
     turns = _turns(data)
