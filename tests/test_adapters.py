@@ -14,7 +14,7 @@ from torch import nn
 from distill import testing
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
-from distill.execution import preflight, stages
+from distill.execution import preflight, stages, train_stage
 from distill.execution.estimate import estimate
 from distill.execution.forecast import forecast
 from distill.networks.adapters import as_trained, merged
@@ -180,7 +180,7 @@ def test_an_adapted_student_trains_resumes_to_the_bit_and_is_exported_as_a_plain
     adapted = as_trained("student", role, 0).module
     adapted.load_state_dict(saved)
     noise, t = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), torch.ones(64)
-    stages.export_checkpoint(run, given, "adapted", 16.0, tmp_path / "averaged")
+    train_stage.export_checkpoint(run, given, "adapted", 16.0, tmp_path / "averaged")
     averaged = load_student(tmp_path / "averaged", CPU).student
     with torch.no_grad():
         torch.testing.assert_close(averaged(noise, t, {}), adapted(noise, t, {}), rtol=0, atol=1e-5)

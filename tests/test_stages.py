@@ -22,7 +22,7 @@ from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
-from distill.execution import preflight, stages
+from distill.execution import preflight, stages, train_stage
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
 from distill.runs import results
@@ -109,16 +109,16 @@ def test_a_checkpoint_is_exported_without_pairs_or_the_runs_device(tmp_path):
     run = go(tmp_path, given)
     shutil.rmtree(run.stage("pairs").root)
     elsewhere = given.model_copy(update={"launch": given.launch.model_copy(update={"device": "cuda"})})
-    stages.export_checkpoint(run, elsewhere, "straight", "raw", tmp_path / "raw")
+    train_stage.export_checkpoint(run, elsewhere, "straight", "raw", tmp_path / "raw")
     assert folder_bytes(tmp_path / "raw") == folder_bytes(run.student("straight"))
-    stages.export_checkpoint(run, elsewhere, "straight", 16.0, tmp_path / "averaged")
+    train_stage.export_checkpoint(run, elsewhere, "straight", 16.0, tmp_path / "averaged")
     card = student_card.verify(tmp_path / "averaged")
     assert (card.weights, card.images) == (16.0, 48)
     average = load_file(next(iter(sorted(run.stage("straight").checkpoints.glob("*3/ema.*")))))
     exported = load_file(tmp_path / "averaged" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, average[f"network.{name}"]) for name, value in exported.items())
     with pytest.raises(InputError, match="stage 'straight' of run 'other' has no checkpoint yet; wait for the first"):
-        stages.export_checkpoint(RunPaths(tmp_path / "other"), given, "straight", "raw", tmp_path / "none")
+        train_stage.export_checkpoint(RunPaths(tmp_path / "other"), given, "straight", "raw", tmp_path / "none")
 
 
 class LosesTeacher(StopRequest):
@@ -149,7 +149,7 @@ def test_a_run_reads_its_teacher_once(tmp_path):
     assert not (tmp_path / "teacher").exists()
     assert student_card.verify(run.student("straight")).images == 48
     shutil.copytree(again / "teacher", tmp_path / "teacher")
-    stages.export_checkpoint(run, given, "straight", "raw", tmp_path / "raw")
+    train_stage.export_checkpoint(run, given, "straight", "raw", tmp_path / "raw")
     assert folder_bytes(tmp_path / "raw") == folder_bytes(run.student("straight"))
 
 
@@ -393,7 +393,7 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
     assert 0 < moved < first.network.gap.weight.abs().max() * 2, "it went on from there"
     row = results.load_results(run.stage("evaluate")).row("again", 2)
     assert (row.solver, row.nfe) == ("renoise", 2)
-    stages.export_checkpoint(run, given, "again", "raw", tmp_path / "raw")
+    train_stage.export_checkpoint(run, given, "again", "raw", tmp_path / "raw")
     averaged_and_measured = {"distill.json", "README.md"}
     theirs, ours = folder_bytes(run.student("again")), folder_bytes(tmp_path / "raw")
     assert {name for name in ours if ours[name] != theirs[name]} <= averaged_and_measured
@@ -448,7 +448,7 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     (kept,) = (tmp_path / "schedules").iterdir()
     assert json.loads(kept.read_text())["fine"] == 12
     shutil.rmtree(run.stage("pairs").root)
-    stages.export_checkpoint(run, given, "boss", "raw", tmp_path / "raw")
+    train_stage.export_checkpoint(run, given, "boss", "raw", tmp_path / "raw")
     assert student_card.read(tmp_path / "raw").t_grids == {3: times}, "also when the pairs are gone"
     wrong = spec(teacher, pairs=OPTIMAL, boss=BOSS, evaluate={**evaluate, "students": {"boss": [3, 4]}})
     said = "stages.evaluate.students.boss: this student supports only 3 steps, not 4"
@@ -528,7 +528,7 @@ def test_an_export_needs_no_images(tmp_path):
     given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
     run = go(tmp_path, given)
     shutil.rmtree(tmp_path / "images")
-    stages.export_checkpoint(run, given, "teach", "raw", tmp_path / "out")
+    train_stage.export_checkpoint(run, given, "teach", "raw", tmp_path / "out")
     assert load_student(tmp_path / "out", CPU).shape == (1, 8, 8)
 
 

@@ -182,14 +182,14 @@ def _student(chosen: "distill.exchange.publishing.ChosenStudent", temporary: Pat
             )
         return folder
     with importing():
-        from distill.execution import stages
+        from distill.execution import train_stage
     from distill.runs import todo
     from distill.spec.model import TrainStage
 
     spec = todo.load_spec(chosen.run)
     each = spec.stages[stage]
     assert isinstance(each, TrainStage)
-    stages.export_checkpoint(chosen.run, spec, stage, each.export, temporary, chosen.step)
+    train_stage.export_checkpoint(chosen.run, spec, stage, each.export, temporary, chosen.step)
     return temporary
 
 
@@ -205,10 +205,16 @@ def _drawn(student: Path, out: Path) -> bytes:
     pulling.verify(student, lambda name, text: None)
     with importing():
         from distill.evaluation import sample
-        from distill.execution import stages
+        from distill.execution import train_stage
 
     sample.write_samples(
-        student, out, steps=student_card.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
+        student,
+        out,
+        steps=student_card.read(student).fewest_steps,
+        seed=0,
+        count=64,
+        labels=None,
+        device=train_stage.CPU,
     )
     return out.read_bytes()
 

@@ -204,7 +204,7 @@ def export(
             f"the checkpoints of stage '{name}' were deleted; use its exported student: {near(paths.student(name))}"
         )
     with importing():
-        from distill.execution import stages
+        from distill.execution import train_stage
 
-    stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
+    train_stage.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
     say(f"exported {near(folder.absolute())}")

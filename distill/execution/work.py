@@ -1,0 +1,51 @@
+"""A stage of a run, and the device and the ranks that compute it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from distill.core.stop import StopRequest
+from distill.execution import sources
+from distill.flow.draws import key
+from distill.runs.progress import Progress
+from distill.runs.run_store import RunPaths
+from distill.spec.model import RunSpec
+from distill.spec.resolved import Resolved
+from distill.training.world import ALONE, World
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage of a run, and the device and the ranks that compute it."""
+
+    run: RunPaths
+    resolved: Resolved
+    name: str
+    device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
+    world: World = ALONE
+    measure: bool = False
+    part: tuple[int, int] | None = None
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.resolved.spec
+
+    @property
+    def seed(self) -> int:
+        """The seed of this stage: every stage has its own stream of random numbers."""
+        return key(self.spec.seed, self.name)
+
+    @contextmanager
+    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> Iterator[sources.Inputs]:
+        """The inputs of the stage. device: where all weights of the teacher are loaded; None: the teacher is called on
+        the stage's device, and may be larger than its memory. indexed: see `load_data`.
+        """
+        where, whole = device or self.device, device is not None
+        with sources.opened(self.run, self.resolved, self.name, where, indexed=indexed, whole=whole) as inputs:
+            yield inputs
+
+    def progress(self, total: int, unit: str) -> Progress:
+        return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
