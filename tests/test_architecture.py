@@ -17,10 +17,12 @@ PYTHON = MODULES + RECIPES + SHARED
 CONTROL = ["core", "solvers", "spec", "runs", "exchange", "reports", "plans", "launch"]
 COMPUTE = [
     "flow",
+    "shards",
     "networks",
     "teachers",
     "convert",
     "data",
+    "caches",
     "students",
     "pairs",
     "training",

@@ -1,0 +1,1 @@
+"""Sets of items in files (shards), which several processes make and any number of processes read."""
