@@ -39,7 +39,7 @@ class ArrayData:
                 f"data '{name}': class ids from {labels.min()} to {labels.max()}, but there are {num_classes} classes "
                 "(valid ids: 0 to the number of classes - 1); correct the ids or the number of classes"
             )
-        self.name, self.num_classes = name, num_classes
+        self.name, self.num_classes, self.buckets = name, num_classes, None
         self._images, self._labels = images, labels
         content = hashlib.sha256(images.numpy().tobytes())
         if labels is not None:

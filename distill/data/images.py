@@ -34,7 +34,7 @@ class ImageData:
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' has no rows")
-        self.name, self.num_classes = name, index.head.num_classes
+        self.name, self.num_classes, self.buckets = name, index.head.num_classes, None
         self.shape = (options.channels, *options.height_width)
         self._rows, self._index, self._options, self._seed = rows, index, options, seed
         self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background

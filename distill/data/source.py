@@ -1,13 +1,15 @@
 """An endless stream of batches of real data, which any number of processes can read."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.flow.draws import Rows, permutation
+from distill.data.order import BatchOrder
+from distill.flow.draws import Rows
 from distill.protocols import Batch
 
 
@@ -26,7 +28,9 @@ class DataSet(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, ...]: ...  # of one sample
+    def shape(self) -> tuple[int, ...]: ...  # of one sample; with buckets, of one in their `size`
+    @property
+    def buckets(self) -> Sequence[NDArray[np.int64]] | None: ...  # the items of each size; None: all have `shape`
     @property
     def num_classes(self) -> int | None: ...  # None: unconditional
     @property
@@ -35,21 +39,15 @@ class DataSet(Protocol):
     def items(self, epoch: int, indices: Sequence[int]) -> Items: ...
 
 
-@lru_cache(maxsize=4)
-def _order(n: int, seed: int, epoch: int) -> Tensor:
-    return permutation(n, seed, epoch)
-
-
 class DataSource:
-    """A stream of batches of size B. Implements `protocols.Source`.
+    """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 
-    The stream is a concatenation of epochs. Each epoch is a permutation of the data set, keyed by (seed, epoch). The
-    batch of step k holds the positions [k B, (k+1) B), so it may span two or more epochs. Any process can read any rows
-    of any step.
+    `order.BatchOrder` defines the order of the items. Any process can read any rows of any step.
     """
 
     def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True) -> None:
         self.data, self.batch_size, self.seed, self.labels = data, batch_size, seed, labels
+        self._order = BatchOrder([np.arange(len(data))] if data.buckets is None else data.buckets, batch_size, seed)
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """Returns these rows of the global batch of `step`, on the CPU."""
@@ -57,14 +55,7 @@ class DataSource:
             raise ValueError(
                 f"rows of a batch of {rows.total} were asked from a source of batches of {self.batch_size}"
             )
-        n = len(self.data)
-        position, stop = step * self.batch_size + rows.start, step * self.batch_size + rows.stop
-        parts: list[Items] = []
-        while position < stop:
-            epoch, first = divmod(position, n)
-            last = min(n, first + stop - position)
-            parts.append(self.data.items(epoch, _order(n, self.seed, epoch)[first:last].tolist()))
-            position += last - first
+        parts = [self.data.items(epoch, indices) for epoch, indices in self._order.items(step, rows)]
         cond = {}
         if self.labels:
             found = {"class_labels": [each.labels for each in parts], "sizes": [each.sizes for each in parts]}

@@ -1,0 +1,125 @@
+"""The order in which the items of a data set are read: one size per batch, every item equally often, any position."""
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+
+from distill.data import DataSource
+from distill.data.order import BatchOrder
+from distill.data.source import Items
+from distill.flow.draws import Rows, permutation
+
+BUCKETS = [[40, 3, 17, 0], [1], [2, 9, 8, 7, 6, 5, 4], [], list(range(10, 17)), list(range(18, 40))]
+COUNT, SIZE = 41, 4
+
+
+def order(size: int = SIZE, seed: int = 3, buckets=BUCKETS) -> BatchOrder:
+    return BatchOrder([np.array(each, np.int64) for each in buckets], size, seed)
+
+
+def batch(of: BatchOrder, step: int, size: int = SIZE) -> list[int]:
+    return [item for _, items in of.items(step, Rows(0, size, size)) for item in items]
+
+
+def bucket_of(items: list[int]) -> int:
+    (found,) = [number for number, bucket in enumerate(BUCKETS) if set(items) <= set(bucket)]
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 64])
+def test_in_whole_epochs_every_item_appears_equally_often_but_for_batches_that_are_not_full(size):
+    asked = order(size)
+    ends = [sum(epochs * len(bucket) // size for bucket in BUCKETS) for epochs in range(1, 2 * size + 1)]
+    counts, step = np.zeros(COUNT, np.int64), 0
+    for epochs, end in enumerate(ends, 1):
+        while step < end:
+            np.add.at(counts, batch(asked, step, size), 1)
+            step += 1
+        for bucket in filter(None, BUCKETS):
+            given = epochs * len(bucket) // size * size  # samples of the bucket so far
+            low, extra = divmod(given, len(bucket))
+            assert sorted(counts[bucket].tolist()) == [low] * (len(bucket) - extra) + [low + 1] * extra
+            assert epochs - size / len(bucket) < low + (extra > 0) <= epochs
+    assert counts.tolist() == [2 * size] * COUNT  # `size` epochs fill whole batches
+
+
+def test_a_batch_is_of_one_bucket_and_the_buckets_take_turns_in_an_order_of_each_epoch():
+    asked = order()
+    steps = [bucket_of(batch(asked, step)) for step in range(4 * COUNT)]
+    found = [steps[i : i + COUNT] for i in range(0, len(steps), COUNT)]  # four epochs each, of 41 batches
+    assert all(each.count(number) == len(bucket) for each in found for number, bucket in enumerate(BUCKETS))
+    assert len({tuple(each) for each in found}) == len(found)
+    assert steps != [bucket_of(batch(order(seed=4), step)) for step in range(4 * COUNT)]
+
+
+def test_the_epoch_of_an_item_counts_how_often_its_bucket_has_been_read():
+    asked, seen = order(), dict.fromkeys(range(COUNT), 0)
+    for step in range(5 * COUNT):
+        for epoch, items in asked.items(step, Rows(0, SIZE, SIZE)):
+            for item in items:
+                assert epoch == seen[item]
+                seen[item] += 1
+
+
+def test_a_step_is_the_same_asked_directly_or_after_others_and_in_any_rows():
+    asked = order()
+    stream = [batch(asked, step) for step in range(200)]
+    assert stream[::-1] == [batch(asked, step) for step in reversed(range(200))]
+    for step in (0, 41, 63, 199):
+        assert batch(order(), step) == stream[step]
+        for cuts in ([1, 3], [4], [2, 1, 1], [1, 1, 1, 1]):
+            ends = list(accumulate(cuts, initial=0))
+            parts = [order().items(step, Rows(a, b, SIZE)) for a, b in zip(ends, ends[1:], strict=False)]
+            assert [item for part in parts for _, items in part for item in items] == stream[step]
+
+
+def test_one_bucket_is_read_in_permutations_of_its_items_without_a_gap():
+    items = [list(range(7, 17)), [], []]
+    stream = [item for step in range(10) for item in batch(order(buckets=items), step)]
+    expected = [7 + position for epoch in range(4) for position in permutation(10, 3, epoch).tolist()]
+    assert stream == expected
+
+
+def test_far_positions_are_exact():
+    """Beyond the whole numbers of float64, epochs of four batches' worth of items still hold each item four times."""
+    asked, begin = order(), 10**18 * COUNT
+    stream = [batch(asked, step) for step in range(begin, begin + COUNT)]
+    assert np.bincount(sum(stream, [])).tolist() == [SIZE] * COUNT
+    (first, _), *_ = asked.items(begin, Rows(0, 1, SIZE))
+    assert first == 10**18 * SIZE
+
+
+def test_an_order_without_items_is_refused():
+    with pytest.raises(ValueError, match="the order of a data set without items was asked for"):
+        order(buckets=[[], []])
+
+
+class Sided:
+    """Item i is filled with i; its height is that of its bucket. Implements `data.DataSet`."""
+
+    name, shape, num_classes, digest = "sided", (1, 4, 4), COUNT, "0" * 64
+    buckets = [np.array(each, np.int64) for each in BUCKETS]
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def items(self, epoch, indices):
+        height = 2 + bucket_of(list(indices))
+        samples = torch.tensor(indices, dtype=torch.float32)[:, None, None, None].expand(-1, 1, height, 4)
+        return Items(samples, torch.tensor(indices), torch.full((len(indices), 6), height))
+
+
+def test_the_batches_of_a_source_have_one_shape_with_labels_and_sizes_in_their_rows():
+    source, heights = DataSource(Sided(), SIZE, 3), set()
+    for step in range(COUNT):
+        found = source.batch(step, Rows(0, SIZE, SIZE))
+        items = batch(order(), step)
+        height = 2 + bucket_of(items)
+        heights.add(height)
+        assert found.data.shape == (SIZE, 1, height, 4) and found.data[:, 0, 0, 0].tolist() == items
+        assert found.cond["class_labels"].tolist() == items
+        assert found.cond["sizes"].tolist() == [[height] * 6] * SIZE
+        assert torch.equal(source.batch(step, Rows(1, 3, SIZE)).data, found.data[1:3])
+    assert heights == {2, 3, 4, 6, 7}
