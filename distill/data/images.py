@@ -12,6 +12,7 @@ from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.index import CHUNK, REASONS, ImageIndex, State
+from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.data.rows import ImageRows
 from distill.data.source import Items
 from distill.flow.draws import uniforms
@@ -25,16 +26,17 @@ SHOWN = 5  # maximum number of names in a message
 class ImageData:
     """Rows of encoded images as samples [channels, height, width]. Implements `source.DataSet`.
 
-    Images that the index lists as damaged are reported and skipped. If an image turns out to be damaged when it is
-    decoded, the next image takes its place. More than options.max_unreadable damaged images raise InputError. Grey
-    images are repeated to three channels in a colour data set, and colour images are converted to grey in a grey one.
-    Transparent images need options.background.
+    Images that the index lists as damaged, or without a usable caption, are reported and skipped. If an image turns out
+    to be damaged when it is decoded, the next image takes its place. More than options.max_unreadable damaged images
+    raise InputError. Grey images are repeated to three channels in a colour data set, and colour images are converted
+    to grey in a grey one. Transparent images need options.background.
     """
 
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' has no rows")
-        self.name, self.num_classes, self.buckets = name, index.head.num_classes, None
+        self.name, self.num_classes, self.buckets = name, index.num_classes, None
+        self.prompts: Prompts | None = None if index.captions is None else index.captions.prompts
         self.shape = (options.channels, *options.height_width)
         self._rows, self._index, self._options, self._seed = rows, index, options, seed
         self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background
@@ -42,6 +44,8 @@ class ImageData:
         self._kept_bytes = 0
         self._refuse()
         damaged = np.isin(index.state, [State.BROKEN, *_WITHOUT_BYTES])
+        if self.prompts is not None:
+            damaged |= index.labels < 0
         self._readable: NDArray[np.int64] = np.flatnonzero(~damaged)
         self._damaged = set(np.flatnonzero(damaged).tolist())
         self.unreadable = [self._shown(row) for row in sorted(self._damaged)]
@@ -122,6 +126,8 @@ class ImageData:
 
     def _shown(self, row: int) -> str:
         reason = REASONS.get(State(int(self._index.state[row])))
+        if self.prompts is not None and self._index.labels[row] < 0 and reason is None:
+            reason = FAULTS[CaptionFault(-int(self._index.labels[row]))]
         return self._rows.name(row) + (f": {reason}" if reason else "")
 
     # --- checks ---
@@ -170,7 +176,8 @@ class ImageData:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
         found, limit = len(self.unreadable), self._options.max_unreadable
         names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
-        count = f"{self.name}: {found} of {len(self._index)} images cannot be decoded"
+        problem = "cannot be decoded" if self.prompts is None else "cannot be used"
+        count = f"{self.name}: {found} of {len(self._index)} images {problem}"
         if found > limit or found == len(self._index):
             raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
         printing.warn(f"{count} and are skipped: {names}")
@@ -184,6 +191,8 @@ def _digest(index: ImageIndex, options: ImageOptions, background: Colour | None)
     content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
     if background is not None:
         content.update(repr(background).encode())
+    if index.captions is not None:
+        content.update(index.captions.prompts.digest.encode())
     for part in _digest_parts(index):
         content.update(part)
     return content.hexdigest()
@@ -199,6 +208,6 @@ def _digest_parts(index: ImageIndex) -> Iterator[bytes]:
         for row, (state, label) in enumerate(zip(states, labels, strict=True), start):
             if state < State.EMPTY:
                 parts.append(checksums[32 * row : 32 * row + 32])
-            if state < State.EMPTY and state != State.BROKEN:
+            if state < State.EMPTY and state != State.BROKEN and (label is None or label >= 0):
                 parts.append(str(label).encode())
         yield b"".join(parts)

@@ -16,9 +16,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,13 +31,16 @@ from safetensors.numpy import save
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.regular_files import read_regular
+from distill.data import prompts
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
+from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileRows, ImageRows
 from distill.spec.imagefolder import MAX_CLASSES
 from distill.spec.model import HfData, ImagesData
 
 MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
 TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
+CAPTION_ARRAYS = {"prompts", "prompt_ends", "caption_files"}
 THREADS = 16  # threads that read files, because network file systems serve many requests at once
 TASK = 32  # files that a thread reads per task
 CHUNK = THREADS * TASK * 8  # rows that are submitted together
@@ -91,9 +94,25 @@ class ImageIndex:
     labels: NDArray[np.int64]  # [N], or [0] if unconditional
     names: NDArray[np.uint8]  # the bytes of all file names, concatenated
     ends: NDArray[np.int64]  # [N]: where each file name ends in `names`
+    # Data with captions has these arrays, and its labels are those of `prompts.Captions`.
+    prompts: NDArray[np.uint8] | None = None  # the bytes of all different captions, concatenated
+    prompt_ends: NDArray[np.int64] | None = None  # where each caption ends in `prompts`
+    caption_files: NDArray[np.int64] | None = None  # [N, 3]: like `file`, of the caption's file; 0: it has no own file
 
     def __len__(self) -> int:
         return len(self.state)
+
+    @cached_property
+    def captions(self) -> Captions | None:
+        """The captions of the rows; None: the data has none."""
+        if self.prompts is None or self.prompt_ends is None or self.caption_files is None:
+            return None
+        return Captions(Prompts(self.prompts, self.prompt_ends), self.labels, self.caption_files)
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or of different captions; None: unconditional."""
+        return self.head.num_classes if self.captions is None else len(self.captions.prompts)
 
     def name(self, row: int) -> str:
         """The name of the row's file; empty if the image has no file of its own."""
@@ -119,9 +138,12 @@ class FoundImages:
     stats: Sequence[os.stat_result | None]
     """stat of these files; None: there is no file, or no permission"""
     labels: Sequence[int] | None
+    """class id of each row; None: there are no classes, or captions instead"""
     num_classes: int | None
     stamp: str = ""
     """fingerprint of the table that holds the rows; empty: the rows are files"""
+    captions: Captions | None = None
+    """of all rows; see `Captions.of`"""
 
 
 def path(folder: Path, spec: ImagesData | HfData) -> Path:
@@ -149,28 +171,47 @@ def read(path: Path) -> ImageIndex | None:
     }
     n = arrays["state"].size if "state" in arrays else 0
     byte, long, short = np.dtype(np.uint8), np.dtype(np.int64), np.dtype(np.int32)
+    captioned = not CAPTION_ARRAYS.isdisjoint(arrays)
     wanted = {
         "state": (byte, (n,)),
         "sides": (short, (n, 2)),
         "alpha": (byte, (n,)),
         "file": (long, (n, 3)),
         "sha256": (byte, (n, 32)),
-        "labels": (long, (n if head.num_classes else 0,)),
+        "labels": (long, (n if head.num_classes or captioned else 0,)),
         "names": (byte, (arrays["names"].size,) if "names" in arrays else ()),
         "ends": (long, (n,)),
     }
+    if captioned:
+        sizes = {name: (arrays[name].size,) if name in arrays else () for name in CAPTION_ARRAYS}
+        wanted |= {
+            "prompts": (byte, sizes["prompts"]),
+            "prompt_ends": (long, sizes["prompt_ends"]),
+            "caption_files": (long, (n, 3)),
+        }
     if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted or n == 0:
         return None
     index = ImageIndex(head, **arrays)  # type: ignore[arg-type]  # the types were compared above
     in_order = index.ends[0] >= 0 and (np.diff(index.ends) >= 0).all() and index.ends[-1] == len(index.names)
-    labelled = head.num_classes is None or (index.labels.min() >= 0 and index.labels.max() < head.num_classes)
+    labelled = _are_labels(index)
     known = index.state.max() <= max(State) and index.sides.min() >= 0
     return index if in_order and labelled and known else None
 
 
+def _are_labels(index: ImageIndex) -> bool:
+    """Whether the labels of an index that was read are class ids, or those of captions, which must be valid too."""
+    if (captions := index.captions) is None:
+        count = index.head.num_classes
+        return count is None or bool(index.labels.min() >= 0 and index.labels.max() < count)
+    if index.head.num_classes is not None or not prompts.are_valid(captions.prompts.content, captions.prompts.ends):
+        return False
+    return bool(index.labels.min() >= -max(CaptionFault) and index.labels.max() < len(captions.prompts))
+
+
 def write(path: Path, index: ImageIndex) -> None:
     """Writes an index atomically. Raises RunError if it cannot be written."""
-    arrays = {name: value for name, value in vars(index).items() if name != "head"}
+    arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name != "head"}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -187,6 +228,8 @@ def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageI
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
     names = [os.fsencode(name) for name in found.files]
+    captions = found.captions
+    labels = found.labels if captions is None else captions.labels
     index = ImageIndex(
         head,
         state=np.zeros(n, np.uint8),
@@ -194,9 +237,12 @@ def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageI
         alpha=np.zeros(n, np.uint8),
         file=np.zeros((n, 3), np.int64),
         sha256=np.zeros((n, 32), np.uint8),
-        labels=np.array([] if found.labels is None else found.labels, np.int64),
+        labels=np.array([] if labels is None else labels, np.int64),
         names=np.frombuffer(b"".join(names), np.uint8),
         ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        prompts=None if captions is None else captions.prompts.content,
+        prompt_ends=None if captions is None else captions.prompts.ends,
+        caption_files=None if captions is None else captions.files,
     )
     new, known = _compare(found, old)
     if old is not None and len(known) == n == len(old) and _same_set(index, old):
@@ -219,7 +265,12 @@ def _same_set(a: ImageIndex, b: ImageIndex) -> bool:
         and np.array_equal(a.labels, b.labels)
         and np.array_equal(a.ends, b.ends)
         and np.array_equal(a.names, b.names)
+        and all(_are_equal(getattr(a, name), getattr(b, name)) for name in CAPTION_ARRAYS)
     )
+
+
+def _are_equal(a: NDArray[np.generic] | None, b: NDArray[np.generic] | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[list[int], dict[int, int]]:

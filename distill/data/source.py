@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.data.order import BatchOrder
+from distill.data.prompts import Prompts
 from distill.flow.draws import Rows
 from distill.protocols import Batch
 
@@ -32,9 +33,11 @@ class DataSet(Protocol):
     @property
     def buckets(self) -> Sequence[NDArray[np.int64]] | None: ...  # the items of each size; None: all have `shape`
     @property
-    def num_classes(self) -> int | None: ...  # None: unconditional
+    def num_classes(self) -> int | None: ...  # or the number of prompts; None: unconditional
     @property
-    def digest(self) -> str: ...  # SHA-256 over samples, labels and the options that change them
+    def prompts(self) -> Prompts | None: ...  # label i is prompts[i]; None: labels are classes, or there are none
+    @property
+    def digest(self) -> str: ...  # SHA-256 over samples, labels, prompts and the options that change them
     def __len__(self) -> int: ...
     def items(self, epoch: int, indices: Sequence[int]) -> Items: ...
 

@@ -41,6 +41,7 @@ class Exact:
     shape = (2,)
     buckets = None
     num_classes = None
+    prompts = None
     digest = TEACHER.digest
 
     def __len__(self) -> int:
