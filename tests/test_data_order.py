@@ -99,7 +99,7 @@ def test_an_order_without_items_is_refused():
 class Sided:
     """Item i is filled with i; its height is that of its bucket. Implements `data.DataSet`."""
 
-    name, shape, num_classes, digest = "sided", (1, 4, 4), COUNT, "0" * 64
+    name, shape, num_classes, prompts, digest = "sided", (1, 4, 4), COUNT, None, "0" * 64
     buckets = [np.array(each, np.int64) for each in BUCKETS]
 
     def __len__(self) -> int:
