@@ -163,7 +163,8 @@ class Batch:
 class Source(Protocol):
     """A stateless source of batches: a batch depends only on the seed and the step."""
 
-    def batch(self, step: int, rows: Rows) -> Batch: ...  # these rows of the global batch of `step`, on the CPU
+    # These rows of the global batch of `step`. They are on the CPU; encoded data may be on the device of the networks.
+    def batch(self, step: int, rows: Rows) -> Batch: ...
 
 
 @runtime_checkable

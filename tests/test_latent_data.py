@@ -25,9 +25,9 @@ from distill.data.arrays import ArrayData
 from distill.evaluation import measuring
 from distill.evaluation.sample import write_samples
 from distill.execution import preflight
-from distill.execution.sources import Prepared, Solving
+from distill.execution.batches import EncodedBatches
+from distill.execution.sources import Solving
 from distill.flow import codecs
-from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import Rows
 from distill.networks.experts import Experts
 from distill.pairs import PairSet, PairSource, manifest
@@ -254,15 +254,13 @@ def test_samples_are_converted_in_blocks(folder, monkeypatch):
 
 
 def test_data_of_training_is_encoded_on_the_device_of_the_stage(folder):
-    """The device "meta" stands for another one than the CPU: it gives no values, so encoding there is refused."""
-    codec, conditioning = load(folder).codec, ClassLabels(3, None)
-    source = DataSource(IMAGES, 4, 0)
-    (pixels, found) = (
-        each.batch(0, Rows(0, 4, 4)).data for each in (source, Prepared.of(source, conditioning, codec, CPU))
-    )
+    """The device "meta" stands for another one than the CPU. Encoded data stays on it."""
+    codec, source = load(folder).codec, DataSource(IMAGES, 4, 0)
+    (pixels, found) = (each.batch(0, Rows(0, 4, 4)).data for each in (source, EncodedBatches.of(source, codec, CPU)))
     assert torch.equal(found, codec.encode(pixels))
-    with pytest.raises(NotImplementedError, match="meta"):
-        Prepared.of(source, conditioning, codec, torch.device("meta")).batch(0, Rows(0, 4, 4))
+    there = EncodedBatches.of(source, codec, torch.device("meta")).batch(0, Rows(0, 4, 4))
+    assert (there.data.device.type, there.data.shape) == ("meta", found.shape)
+    assert there.cond["class_labels"].device == CPU
 
 
 def test_samples_of_a_student_are_made_in_blocks_that_can_be_decoded_at_once(folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The inputs of a stage: its teacher, its data, the paths to solve, the batches to train on."""
+"""The inputs of a stage: its teacher, its data, the paths to solve. `batches` has the batches to train on."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -13,14 +13,11 @@ from distill.core.errors import InputError, RunError
 from distill.core.printing import say_error
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
-from distill.data import DataSet, DataSource, load_data
-from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ClassLabels, ConditionTable
-from distill.flow.draws import Rows
+from distill.data import DataSet, load_data
+from distill.flow.conditioning import ConditionTable
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
-from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec.kinds import AUTO, FITTED
@@ -42,7 +39,7 @@ from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
 from distill.teachers.of_students import stage_teacher, weak_teacher
-from distill.training.world import ALONE, World
+from distill.training.world import World
 
 
 @dataclass(frozen=True)
@@ -181,70 +178,6 @@ def refuse_different(inputs: Mapping[str, str], places: Mapping[str, str], world
             f"the ranks have read different inputs: {', '.join(different)}; the files changed while they were read, or "
             "differ between machines. No step was trained with them; make the files identical, then resume"
         )
-
-
-def batches(
-    run: RunPaths,
-    stage: TrainStage,
-    *,
-    seed: int,
-    data: DataSet | None,
-    conditioning: Conditioning,
-    codec: Codec,
-    teacher_digest: str | None,
-    device: torch.device,
-    world: World = ALONE,
-) -> tuple[Source, dict[str, str]]:
-    """The source of the batches of a train stage, and the digests of its pairs. Every rank must call this.
-
-    data: real data of the batches, in pixels, which `codec` encodes on `device`.
-    conditioning: of the trained networks.
-    teacher_digest: digest of the teacher that must have made the pairs; None: any.
-    """
-    labels = conditioning.count is not None
-    real = (
-        None
-        if data is None
-        else Prepared.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning, codec, device)
-    )
-    if not stage.pair_shares:
-        assert real is not None, "checks.check lets no such stage through"
-        return real, {}
-    counts = stage.rows_of_pairs
-    folders = [run.stage(name).pairs for name in stage.pair_shares]
-    sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
-    world.meet("after the checksums of the pairs")  # each rank has verified a part of them
-    sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
-    source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    source = Prepared.of(source, conditioning, PIXELS, device)  # pairs are already encoded
-    digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
-    return source if real is None else pairs.Beside(source, real), digests
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Batches for networks: class indices are converted to conditions, and pixels are encoded on `device`."""
-
-    source: Source
-    conditioning: Conditioning
-    codec: Codec
-    device: torch.device
-
-    @classmethod
-    def of(cls, source: Source, conditioning: Conditioning, codec: Codec, device: torch.device) -> Source:
-        """The prepared source, or `source` itself if nothing has to be converted."""
-        plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
-        return source if plain and codec.is_identity else cls(source, conditioning, codec, device)
-
-    def batch(self, step: int, rows: Rows) -> Batch:
-        found, codec = self.source.batch(step, rows), self.codec
-        data = found.data
-        if data is not None and not codec.is_identity:
-            data = codec.encode(data.to(self.device)).cpu()
-        return Batch(data, found.pairs, self._collated(found.cond), self._collated(found.data_cond))
-
-    def _collated(self, cond: Cond) -> Cond:
-        return self.conditioning.collate(cond["class_labels"]) if cond else cond
 
 
 @dataclass(frozen=True)

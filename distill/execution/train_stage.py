@@ -14,7 +14,7 @@ from distill.core.text import one_line
 from distill.data import DataSet
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
-from distill.execution import preflight, sources
+from distill.execution import batches, preflight, sources
 from distill.execution.work import Work
 from distill.flow.fields import Counted
 from distill.networks.adapters import as_trained, merged
@@ -121,17 +121,16 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # for exports after the pairs are deleted
     sources.refuse_different(training.inputs, training.places, work.world)
-    source, digests = sources.batches(
+    source, digests = batches.of_stage(
         work.run,
         stage,
         seed=work.seed,
         data=training.data,
         conditioning=training.init.conditioning,
-        codec=training.init.codec,
         teacher_digest=training.card.teacher_digest,
-        device=work.device,
         world=work.world,
     )
+    source = batches.EncodedBatches.of(source, training.init.codec, work.device)
     size = _micro_batch(work, stage, training, source)
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(

@@ -1,0 +1,89 @@
+"""The batches of a train stage: read, decoded and given their conditions on the CPU, then encoded on the device."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from distill import pairs
+from distill.data import DataSet, DataSource
+from distill.flow.conditioning import ClassLabels
+from distill.flow.draws import Rows
+from distill.protocols import Batch, Codec, Cond, Conditioning, Source
+from distill.runs.run_store import RunPaths
+from distill.spec.model import TrainStage
+from distill.training.world import ALONE, World
+
+
+def of_stage(
+    run: RunPaths,
+    stage: TrainStage,
+    *,
+    seed: int,
+    data: DataSet | None,
+    conditioning: Conditioning,
+    teacher_digest: str | None,
+    world: World = ALONE,
+) -> tuple[Source, dict[str, str]]:
+    """The source of the batches of a train stage, on the CPU, and the digests of its pairs. Every rank must call this.
+
+    data: real data of the batches. If it is in pixels, `EncodedBatches` encodes its batches.
+    conditioning: of the trained networks.
+    teacher_digest: digest of the teacher that must have made the pairs; None: any.
+    """
+    labels = conditioning.count is not None
+    real = None
+    if data is not None:
+        real = CollatedBatches.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning)
+    if not stage.pair_shares:
+        assert real is not None, "checks.check lets no such stage through"
+        return real, {}
+    counts = stage.rows_of_pairs
+    folders = [run.stage(name).pairs for name in stage.pair_shares]
+    sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
+    world.meet("after the checksums of the pairs")  # each rank has verified a part of them
+    sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
+    source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    source = CollatedBatches.of(source, conditioning)
+    digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
+    return source if real is None else pairs.Beside(source, real), digests
+
+
+@dataclass(frozen=True)
+class CollatedBatches:
+    """Batches whose class indices are converted to the conditions of a network, on the CPU."""
+
+    source: Source
+    conditioning: Conditioning
+
+    @classmethod
+    def of(cls, source: Source, conditioning: Conditioning) -> Source:
+        """`source` with conditions, or `source` itself if its indices are the conditions."""
+        plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
+        return source if plain else cls(source, conditioning)
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        found = self.source.batch(step, rows)
+        return replace(found, cond=self._collated(found.cond), data_cond=self._collated(found.data_cond))
+
+    def _collated(self, cond: Cond) -> Cond:
+        return self.conditioning.collate(cond["class_labels"]) if cond else cond
+
+
+@dataclass(frozen=True)
+class EncodedBatches:
+    """Batches whose real data is converted from pixels to the samples of a network, on `device`, where it stays."""
+
+    source: Source
+    codec: Codec
+    device: torch.device
+
+    @classmethod
+    def of(cls, source: Source, codec: Codec, device: torch.device) -> Source:
+        """`source` with encoded data, or `source` itself if the networks work on pixels."""
+        return source if codec.is_identity else cls(source, codec, device)
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        found = self.source.batch(step, rows)
+        if found.data is None:
+            return found
+        return replace(found, data=self.codec.encode(found.data.to(self.device, non_blocking=True)))
