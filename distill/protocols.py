@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from distill.flow.codecs import LatentScaling
 from distill.flow.draws import Rows
 from distill.flow.interpolants import Interpolant
 
@@ -72,7 +73,9 @@ class Codec(Protocol):
     def is_identity(self) -> bool: ...
     @property
     def digest(self) -> str: ...  # SHA-256 over configuration and weights; "" for the identity
+    def scaling(self) -> LatentScaling: ...  # from what the autoencoder returns; does not load the autoencoder
     def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]: ...  # of one encoded sample
+    def pixels(self, shape: tuple[int, ...]) -> tuple[int, ...]: ...  # shape of one decoded sample
     def together(self, shape: tuple[int, ...]) -> int: ...  # encoded samples of this shape to decode at once, at most
     def encode(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...

@@ -101,7 +101,7 @@ def test_real_data_comes_with_its_own_classes(tmp_path):
 
     class Corner:
         name, shape, buckets, num_classes, prompts = "corner", (2,), None, 10, None
-        digest = digits.digest
+        digest, encoded = digits.digest, False
 
         def __len__(self):
             return len(digits)

@@ -28,6 +28,7 @@ class ArrayData:
     """
 
     prompts: Prompts | None = None
+    encoded = False
 
     def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
         finite = images.isfinite().flatten(1).all(1)

@@ -32,6 +32,8 @@ class ImageData:
     to grey in a grey one. Transparent images need options.background.
     """
 
+    encoded = False
+
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' has no rows")

@@ -38,6 +38,8 @@ class DataSet(Protocol):
     def prompts(self) -> Prompts | None: ...  # label i is prompts[i]; None: labels are classes, or there are none
     @property
     def digest(self) -> str: ...  # SHA-256 over samples, labels, prompts and the options that change them
+    @property
+    def encoded(self) -> bool: ...  # whether samples are latents already, which the codec must not encode
     def __len__(self) -> int: ...
     def items(self, epoch: int, indices: Sequence[int]) -> Items: ...
 

@@ -25,9 +25,10 @@ from distill.core.png import is_png
 from distill.core.records import read_json, read_small
 from distill.core.stop import StopRequest
 from distill.data import DataSet
+from distill.data.encoded import sample_shape
 from distill.evaluation import row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
-from distill.evaluation.metrics.reference import Reference, of_exact, of_images
+from distill.evaluation.metrics.reference import Reference, of_data, of_exact
 from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
 from distill.evaluation.row_plans import Plan, fine_plan, shortest
 from distill.flow import dopri5
@@ -118,8 +119,8 @@ def measure(
     except OSError as error:
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
     exact = exact or teacher.exact_data
-    if data is not None:  # videos have no features, so they are compared with the teacher's only
-        reference: Reference | None = of_images(data, folder) if len(data.shape) == 3 else None
+    if data is not None:
+        reference = of_data(data, teacher.codec, folder, device)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)
@@ -174,7 +175,7 @@ def _check(
             refuse_other_times(student, f"times.{name}")
     if data is not None:
         refuse_few(data)
-    if data is not None and teacher.codec.shape(data.shape) != teacher.shape:
+    if data is not None and sample_shape(data, teacher.codec) != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
             f"makes {list(teacher.shape)}; evaluate on data of the teacher's shape"

@@ -13,7 +13,9 @@ import torch
 from distill import teachers
 from distill.core.errors import InputError
 from distill.data import DataSet, load_data
+from distill.data.encoded import sample_shape
 from distill.execution import sources
+from distill.flow.codecs import PIXELS
 from distill.flow.interpolants import linear
 from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
@@ -88,7 +90,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
 
             measuring.refuse_few(data)
     measured = any(isinstance(stage, EvaluateStage) for stage in spec.stages.values())
-    if teacher is not None and isinstance(teacher.codec, LatentCodec) and (measured or data is not None):
+    encodes = data is not None and not data.encoded
+    if teacher is not None and isinstance(teacher.codec, LatentCodec) and (measured or encodes):
         teacher.codec.check()
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
@@ -151,7 +154,9 @@ def start(
     samples = teacher if "pairs" in recipe.needs or data is None else data
     assert samples is not None, "checks.check lets no such stage through"
     known = teacher or origin
-    shape = samples.shape if samples is teacher or known is None else known.codec.shape(samples.shape)
+    shape = samples.shape
+    if data is not None and samples is data:
+        shape = sample_shape(data, PIXELS if known is None else known.codec)
     return StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
 
 

@@ -14,6 +14,8 @@ from distill.core.printing import say_error
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet, load_data
+from distill.data.encoded import codec_of, sample_shape
+from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
@@ -109,7 +111,7 @@ def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
     """InputError if the data does not have the teacher's shape and classes. For unused labels see `check_labels`."""
-    if teacher.codec.shape(data.shape) != teacher.shape:
+    if sample_shape(data, teacher.codec) != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
             f"makes {list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another "
@@ -227,7 +229,8 @@ class Solving:
                 f"dtype: uint8 is for pixels, but the teacher ({teacher.description}) works on latents; valid: "
                 "float32, float16, bfloat16"
             )
-        real = paths.of_data(data, law, seed=seed, block=stage.block, codec=teacher.codec, device=device)
+        codec = PIXELS if data is None else codec_of(data, teacher.codec)
+        real = paths.of_data(data, law, seed=seed, block=stage.block, codec=codec, device=device)
         return cls(teacher, stage, seed, device, *real, store=store)
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:

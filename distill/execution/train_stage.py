@@ -12,6 +12,7 @@ from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
 from distill.core.text import one_line
 from distill.data import DataSet
+from distill.data.encoded import codec_of
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import batches, preflight, sources
@@ -99,7 +100,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
-    if data is not None and (digest := init.codec.digest):
+    if data is not None and (digest := codec_of(data, init.codec).digest):
         digests["autoencoder"], places["autoencoder"] = digest, "of the teacher"
     return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls)
 
@@ -130,7 +131,9 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
-    source = batches.EncodedBatches.of(source, training.init.codec, work.device)
+    if training.data is not None:
+        codec = codec_of(training.data, training.init.codec)
+        source = batches.EncodedBatches.of(source, codec, work.device)
     size = _micro_batch(work, stage, training, source)
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(

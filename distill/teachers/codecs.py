@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -18,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
-from distill.flow.codecs import together
+from distill.flow.codecs import LatentScaling, together
 from distill.teachers import files, weights
 from distill.teachers.layout import CONFIG
 from distill.teachers.limits import NetworkLimits
@@ -154,8 +155,11 @@ class LatentCodec:
     def decode(self, latents: Tensor) -> Tensor:
         return _in_blocks(self._decoded, latents, self.together(latents.shape[1:]))
 
+    def pixels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (COLOURS, *pixel_size(shape[1:], self.factors))
+
     def together(self, shape: tuple[int, ...]) -> int:
-        return together((COLOURS, *pixel_size(shape[1:], self.factors)))
+        return together(self.pixels(shape))
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         vae, kind = self._vae(pixels.device), self.kind
@@ -165,34 +169,49 @@ class LatentCodec:
             z = encoded.latents
         else:
             z = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
-        if kind.single:
-            z = z[:, :, 0]
-        return self._scaled(_patches(z) if kind.patches else z, vae)
+        return self.scaling()(z[:, :, 0] if kind.single else z)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         vae, kind = self._vae(latents.device), self.kind
-        z = self._scaled(latents.float(), vae, back=True)
-        z = _unpatched(z) if kind.patches else z
+        z = self.scaling().inverse(latents.float())
         z = z[:, :, None] if kind.single else z
         # LTX-Video 0.9.1 and later can decode latents with noise, whose time is an argument; ours have none.
         time = (z.new_zeros(len(z)),) if self.config.get("timestep_conditioning") else ()
         decoded: Tensor = vae.decode(z, *time).sample
         return decoded[:, :, 0] if kind.single else decoded
 
-    def _scaled(self, z: Tensor, vae: nn.Module, *, back: bool = False) -> Tensor:
+    def scaling(self) -> LatentScaling:
+        """Shift and scale, from the config or from the few numbers that the file of the weights has for them."""
+        return self._scaling
+
+    @cached_property
+    def _scaling(self) -> LatentScaling:
         if self.kind.patches:
-            shift = vae.bn.running_mean
-            scale = (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt()
-        elif self.config.get("latents_mean") is not None:
-            shift, std = (torch.tensor(self.config[f"latents_{name}"], device=z.device) for name in ("mean", "std"))
-            scale = self.config.get("scaling_factor", 1.0) / std
-        elif self.kind.per_channel:  # LTX keeps them as buffers
-            shift, scale = vae.latents_mean, self.config.get("scaling_factor", 1.0) / vae.latents_std
-        else:
-            shift = torch.tensor([self.config.get("shift_factor") or 0.0], device=z.device)
-            scale = torch.tensor([vae.config.scaling_factor], device=z.device)
-        shift, scale = (each.to(z).reshape(1, -1, *[1] * (z.ndim - 2)) for each in (shift, scale))
-        return z / scale + shift if back else (z - shift) * scale
+            mean, variance = self._numbers("bn.running_mean", "bn.running_var")
+            return LatentScaling(mean, (variance + self._option("batch_norm_eps")).rsqrt(), patches=True)
+        factor = self.config.get("scaling_factor", 1.0)
+        if self._option("latents_mean") is not None:
+            mean, std = (torch.tensor(self._option(f"latents_{name}")) for name in ("mean", "std"))
+            return LatentScaling(mean, factor / std)
+        if self.kind.per_channel:  # LTX keeps them as buffers
+            mean, std = self._numbers("latents_mean", "latents_std")
+            return LatentScaling(mean, factor / std)
+        shift = self.config.get("shift_factor") or 0.0
+        return LatentScaling(torch.tensor([shift]), torch.tensor([float(self._option("scaling_factor"))]))
+
+    def _option(self, name: str) -> Any:  # noqa: ANN401  (what the config has)
+        """An option of the config, or its default in the class of the autoencoder; None if the class has none."""
+        known = signature(self._class.__init__).parameters
+        return self.config.get(name, known[name].default if name in known else None)
+
+    def _numbers(self, *names: str) -> list[Tensor]:
+        """Tensors of the weights, by their names, in float32. The other weights are not read."""
+        found = {each.name: each.file for each in weights.stored(self._paths)}
+        if missing := [name for name in names if name not in found]:
+            raise InputError(
+                f"{self.folder}: config.json and the weights do not match: missing weights: {', '.join(missing)}"
+            )
+        return [weights.read(found[name], name).float() for name in names]
 
     def check(self) -> None:
         """InputError if there are no weights, or if they do not fit the config. Only their headers are read."""
@@ -247,12 +266,3 @@ def pixel_size(latent: tuple[int, ...], factors: tuple[int, int]) -> tuple[int, 
     temporal, spatial = factors
     frames = [(latent[0] - 1) * temporal + 1] if len(latent) == 3 else []
     return (*frames, latent[-2] * spatial, latent[-1] * spatial)
-
-
-def _patches(z: Tensor) -> Tensor:
-    """[B, C, 2h, 2w] -> [B, 4C, h, w], channels first, then the rows and columns of a patch."""
-    return nn.functional.pixel_unshuffle(z, 2)
-
-
-def _unpatched(z: Tensor) -> Tensor:
-    return nn.functional.pixel_shuffle(z, 2)

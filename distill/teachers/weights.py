@@ -139,6 +139,20 @@ def stored(files: Sequence[Path]) -> list[Stored]:
     return found
 
 
+def read(path: Path, name: str) -> Tensor:
+    """Reads one weight of a file. InputError if the file is damaged, or the weight is not finite."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+    if not found.isfinite().all():
+        raise not_finite(path, [name], found.dtype)
+    return found
+
+
 def _plain(name: str) -> str:
     """Removes the prefixes of wrappers from a name: every `_orig_mod.`, and each `module.` at the start."""
     name = name.replace(WRAPPERS[0], "")

@@ -42,6 +42,7 @@ class Exact:
     buckets = None
     num_classes = None
     prompts = None
+    encoded = False
     digest = TEACHER.digest
 
     def __len__(self) -> int:

@@ -4,15 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from distill.core.printing import say_error
 from distill.data import DataSet
+from distill.data.encoded import DecodedData
 from distill.evaluation.metrics import features
 from distill.evaluation.metrics.frechet import frechet
 from distill.evaluation.metrics.kernel import kid
 from distill.evaluation.metrics.manifold import precision_recall
 from distill.evaluation.metrics.wasserstein import sliced_wasserstein
 from distill.flow.draws import key
+from distill.protocols import Codec
 from distill.runs.results import FeatureNet
 
 FLOORS = 4  # number of other sets of exact samples that the floor is the mean over
@@ -41,6 +45,22 @@ class Reference:
         scale = self.values.square().mean().sqrt()  # the cubic kernel expects features of magnitude 1
         kernel = kid(some / scale, real / scale)
         return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
+
+
+def of_data(data: DataSet, codec: Codec, folder: Path, device: torch.device) -> Reference | None:
+    """The reference for samples that `codec` has decoded. None: samples are compared with those of the teacher only.
+
+    This is so for videos and vectors, which have no features, and for latents that no autoencoder can decode. Other
+    latents are decoded on `device`.
+    """
+    if data.encoded and codec.is_identity and len(data.shape) == 3:
+        say_error(
+            f"note: data '{data.name}' has latents, which the teacher has no autoencoder to decode: samples are "
+            "compared with those of the teacher only"
+        )
+        return None
+    pixels = DecodedData(data, codec, device) if data.encoded else data
+    return of_images(pixels, folder) if len(pixels.shape) == 3 else None
 
 
 def of_images(data: DataSet, folder: Path) -> Reference:
