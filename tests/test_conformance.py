@@ -108,7 +108,7 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", few(ALL, "consistency/consistency", "score/dmd2"))
+@pytest.mark.parametrize("name", few(ALL, "score/dmd2"))
 def test_two_processes_agree_with_one(name, pair):
     testing.agrees(ALL[name], pair)
 

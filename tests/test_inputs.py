@@ -333,6 +333,7 @@ def test_a_kill_while_it_downloads_leaves_nothing(site):
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_a_kill_while_it_copies_leaves_nothing_that_counts(site):
     site.killed_when(lambda: any((site.store / "inputs").glob(".*")))
     (left,) = folders(site.store)

@@ -150,6 +150,7 @@ def test_a_spec_says_auto_and_where_it_cannot(tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_ranks_choose_what_each_of_them_can(tmp_path):
     """Rank 1 has the memory for less, and rank 0 does not wait for it for ever."""
     write_recipe(tmp_path, 16, 4)

@@ -122,6 +122,7 @@ def test_reflow_and_one_step_recover_a_ring(tmp_path):
     assert straightened < 0.02 * bent
 
 
+@pytest.mark.long
 def test_lpips_trains_through_the_engine(tmp_path, lpips_options):
     """Images towards their pairs by a frozen network, which is no part of the checkpoints."""
     means = torch.linspace(-0.8, 0.8, 64).reshape(1, 1, 8, 8)

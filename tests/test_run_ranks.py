@@ -205,9 +205,8 @@ ACCELERATE = [
 ]  # fmt: skip
 
 
-OF_TORCHRUN = pytest.param(TORCHRUN, id="torchrun")
 OF_ACCELERATE = pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.long)
-OF_TORCHRUN_LONG = pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.long)
+OF_TORCHRUN = pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.long)
 
 
 def launch(folder, run, launcher):
@@ -240,7 +239,7 @@ def test_other_launchers_train_the_same(folder, launcher):
         assert again.read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("launcher", [OF_TORCHRUN_LONG, OF_ACCELERATE])
+@pytest.mark.parametrize("launcher", [OF_TORCHRUN, OF_ACCELERATE])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_other_launchers_pass_signals_on(folder, launcher, number):
     """The ranks save and exit, the launcher's exit code is 1; the same command resumes to the same bits."""
