@@ -19,7 +19,8 @@ from distill.pairs import generate
 from distill.runs import claims, jobs
 from distill.runs.progress import Progress
 from distill.runs.run_store import append_event
-from distill.spec import clusterspec, pairspec
+from distill.spec import clusterspec
+from distill.spec.layout import Layout
 from distill.spec.model import GaussianTeacher, PairsStage
 from distill.spec.pairspec import size
 from distill.teachers.analytic import gaussian_teacher
@@ -248,7 +249,7 @@ def solve(folder, part=None, stop=None):
 
 def test_parts_in_any_order_and_stopped_make_the_undivided_set(tmp_path):
     whole = solve(tmp_path / "whole")
-    assert pairspec.Layout.of(STAGE).files == len(list((tmp_path / "whole").glob("shard-*.safetensors")))
+    assert Layout.of(STAGE).files == len(list((tmp_path / "whole").glob("shard-*.safetensors")))
     assert sum(size(STAGE, (number, 4)) for number in range(4)) == size(STAGE, None) == STAGE.count
     folder = tmp_path / "parts"
     assert jobs.missing_parts(STAGE, folder, 4) == [0, 1, 2, 3]

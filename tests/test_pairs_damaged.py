@@ -16,7 +16,7 @@ from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource, generate, manifest
 from distill.pairs.numbers import Rounding
 from distill.runs.progress import Progress
-from distill.spec import pairspec
+from distill.spec import layout
 from distill.spec.model import PairsStage
 from distill.testing.closed_form import class_gaussian_teacher
 
@@ -159,7 +159,7 @@ def test_what_is_no_manifest_is_named_at_once(tmp_path, kind, message):
     for read in (lambda: PairSet.open(tmp_path, None), lambda: make(tmp_path)):
         with pytest.raises(InputError, match=message):
             read()
-    assert pairspec.listed(tmp_path) is None
+    assert layout.listed(tmp_path) is None
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
@@ -250,7 +250,7 @@ def test_numbers_whose_squares_are_too_large_for_float32_are_described():
 def test_names_and_sizes_are_listed_without_tensors(tmp_path):
     folder = make(tmp_path)
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    assert pairspec.listed(folder) == sizes and len(sizes) == 3
-    assert pairspec.listed(tmp_path / "none") is None
+    assert layout.listed(folder) == sizes and len(sizes) == 3
+    assert layout.listed(tmp_path / "none") is None
     edit(folder / "manifest.json", shards={"../x": {"size": 1}})
-    assert pairspec.listed(folder) is None
+    assert layout.listed(folder) is None

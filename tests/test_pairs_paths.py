@@ -17,9 +17,10 @@ from distill.flow.fields import Counted
 from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
 from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, plan
-from distill.pairs.numbers import Rounding, Whiteness, restored, stored
+from distill.pairs.numbers import Rounding, Whiteness
 from distill.pairs.paths import of_data
 from distill.runs.progress import Progress
+from distill.shards.values import restored, stored
 from distill.spec.apportion import rows_by_share
 from distill.spec.model import GaussianTeacher, PairsStage, is_path
 from distill.teachers.analytic import GaussianField, gaussian_teacher

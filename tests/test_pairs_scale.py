@@ -13,11 +13,12 @@ from distill.core.stop import StopRequest
 from distill.flow import draws
 from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource, generate
-from distill.pairs.manifest import file_sha256
 from distill.runs.progress import Progress
+from distill.shards.manifest import file_sha256
 from distill.spec import pairspec
+from distill.spec.layout import Layout
 from distill.spec.model import GaussianTeacher, PairsStage
-from distill.spec.pairspec import Layout, size
+from distill.spec.pairspec import size
 from distill.teachers.analytic import gaussian_teacher
 
 TEACHER = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.7, -1.0], std=[0.5, 2.0]))
@@ -104,7 +105,7 @@ def test_a_layout_covers_every_pair_once(count, shard):
         of_parts = [layout.part((i, parts)) for i in range(parts)]
         assert sorted(number for part in of_parts for number in part) == list(range(layout.files))
         for part in of_parts:
-            assert layout.pairs(part) == sum(len(layout.indices(number)) for number in part)
+            assert layout.items(part) == sum(len(layout.indices(number)) for number in part)
 
 
 @pytest.mark.parametrize(

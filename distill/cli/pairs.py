@@ -125,11 +125,11 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
     """Raise InputError for a part without shards."""
-    from distill.spec import pairspec
+    from distill.spec.layout import Layout
     from distill.spec.model import PairsStage
 
     assert isinstance(stage, PairsStage)
-    files = pairspec.Layout(stage.count, stage.shard).files
+    files = Layout.of(stage).files
     if share is not None and share[0] >= files:
         raise InputError(
             f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} shard{'s' if files > 1 else ''}, so there is "
@@ -227,12 +227,13 @@ def _of_spec(
 def _told(folder: Path) -> str:
     """A text that says how much of a set is complete, and how good it is."""
     from distill.pairs import manifest
+    from distill.shards import manifest as files
 
     found = manifest.read(folder)
     assert found is not None
     if not found.done:
-        made = {*found.shards, *manifest.records(folder, found.layout)[0]}
-        return f"{len(made)} of {found.layout.files} shards are complete"
+        made = files.made(manifest.KIND, folder, found)
+        return f"{made} of {found.layout.files} shards are complete"
     said = [f"the set of {found.count:,} pairs is complete"]
     if found.rounding.error:
         said.append(f"storing the data as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")

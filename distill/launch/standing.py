@@ -12,7 +12,7 @@ from distill.reports import run_status
 from distill.reports.run_status import RunStatus
 from distill.runs import jobs
 from distill.runs.run_store import RunPaths
-from distill.spec import pairspec
+from distill.spec import layout
 
 ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other final state is shown under Slurm's own name
 
@@ -143,5 +143,5 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
 def shards(run: RunPaths, stage: str) -> int:
     """Number of shards of a pairs stage that are complete."""
     folder = run.stage(stage).pairs
-    listed = pairspec.listed(folder) or {}
+    listed = layout.listed(folder) or {}
     return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})

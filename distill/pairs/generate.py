@@ -1,8 +1,4 @@
-"""Solves the teacher's ODE shard by shard. A process that is killed loses only the shard that it is working on.
-
-The cost of a shard does not depend on the number of shards: first the shard is written, then its record. The manifest
-is written twice: before the first shard, and with all shards listed when the set is complete.
-"""
+"""Solves the teacher's ODE shard by shard. A process that is killed loses only the shard that it is working on."""
 
 import hashlib
 import json
@@ -14,17 +10,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill.core import space
-from distill.core.atomic import remove_unfinished, write_atomic
+from distill import shards
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.flow import draws
 from distill.pairs import accuracy, paths
-from distill.pairs.manifest import Manifest, ShardFile, fault, few, foreign, noise_sha256, read, records
-from distill.pairs.numbers import TOLERATED, Rounding, Whiteness, restored, stored
+from distill.pairs.manifest import KIND, Manifest, ShardFile, noise_sha256
+from distill.pairs.numbers import TOLERATED, Rounding, Whiteness
 from distill.pairs.paths import Real
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
+from distill.shards.values import restored, stored
 from distill.spec import pairspec
 from distill.spec.kinds import FITTED
 from distill.spec.model import PairsStage
@@ -60,45 +56,33 @@ def generate(
     InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """
     field, planned = velocity(teacher, stage), plan(teacher, stage, seed, data_digest, fit)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"pairs cannot be written to {folder}: {error.strerror}; name another folder") from error
-    layout, ours = planned.layout, planned.layout.part(part)
-    manifest = _resume(folder, planned, ours, progress)
-    missing = [number for number in ours if layout.name(number) not in manifest.shards]
-    left = sum(len(layout.indices(number)) for number in missing)
-    done, kept = layout.pairs(ours) - left, len(ours) - len(missing)
-    space.require(folder, left * stage.bytes_per_pair(teacher.shape), f"{left:,} pairs")
-    if done == 0 and ours and ours.start == 0 and fit is None and not is_checked:
-        accuracy.advise(field, manifest, real, device, folder, progress, stop)
-    progress.start(done)
-    listed = dict(manifest.shards)
-    for made, number in enumerate(missing, start=kept):
-        name, indices = layout.name(number), layout.indices(number)
-        blocks: list[dict[str, Tensor]] = []
-        for start in range(indices.start, indices.stop, manifest.block):
-            stop.raise_if_requested(f"{made} of {len(ours)} shards in {folder}")
-            block = range(start, start + manifest.block)  # a whole block, even if it goes beyond the count
-            solved = paths.solve(field, manifest, block, real, device)
-            solved = {key: values[: indices.stop - start] for key, values in solved.items()}
-            _refuse_non_finite(solved, start, name, manifest)
-            blocks.append(solved)
-            done += len(solved["data"])
-            progress.update(done, {})
-        content, listed[name] = _encode(blocks, indices, manifest)
-        write_atomic(folder / name, content)
-        write_atomic(pairspec.shard_record(folder / name), listed[name].model_dump_json())
-    if part is not None and len(listed) < layout.files:
-        listed = listed | records(folder, layout)[0]  # the part that ends last completes the set
-    if len(listed) == layout.files and not manifest.done:
-        manifest = manifest.model_copy(update={"shards": dict(sorted(listed.items())), "done": True})
-        manifest.save(folder)
-        _judge(manifest, progress)
-    if part is None:
-        for path in folder.glob("shard-*.json"):
-            if layout.number(path.with_suffix(".safetensors").name) is not None:
-                path.unlink(missing_ok=True)
+
+    def solve(block: range) -> dict[str, Tensor]:
+        whole = range(block.start, block.start + planned.block)  # even if it goes beyond the count
+        solved = paths.solve(field, planned, whole, real, device)
+        solved = {key: values[: len(block)] for key, values in solved.items()}
+        _refuse_non_finite(solved, block.start, planned)
+        return solved
+
+    def begin() -> None:
+        if fit is None and not is_checked:
+            accuracy.advise(field, planned, real, device, folder, progress, stop)
+
+    completed = shards.make(
+        KIND,
+        planned,
+        folder,
+        block=planned.block,
+        item_bytes=stage.bytes_per_pair(teacher.shape),
+        solve=solve,
+        encode=lambda blocks, indices: _encode(blocks, indices, planned),
+        progress=progress,
+        stop=stop,
+        part=part,
+        begin=begin,
+    )
+    if completed is not None:
+        _judge(completed, progress)
 
 
 def _judge(manifest: Manifest, progress: Progress) -> None:
@@ -161,48 +145,12 @@ def plan(
     )
 
 
-def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) -> Manifest:
-    """The folder's manifest, with all shards that are complete. If there is none, the planned one is saved.
-
-    The shards with numbers in `ours` are read and compared with their checksums; missing and damaged ones are left out.
-    InputError if the folder holds other pairs.
-    """
-    # Listed before the manifest is read, because another process may be creating both.
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    layout, found = planned.layout, read(folder)
-    strangers = foreign(folder, planned) if found else shards
-    if found and (differences := found.differences(planned)):
-        raise InputError(
-            f"{folder} contains pairs with other settings: {', '.join(differences)}; delete the folder, or use another "
-            "folder or run name"
-        )
-    if strangers:
-        raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
-    whole = len(ours) == layout.files
-    remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
-    if found is None:
-        planned.save(folder)
-        found = planned
-    recorded, unreadable = records(folder, layout)
-    listed = {name: file for name, file in (found.shards | recorded).items() if name not in unreadable}
-    faults = dict[str, str]()
-    for name in (layout.name(number) for number in ours):
-        if name in unreadable:
-            faults[name] = unreadable[name]
-        elif name in listed and (wrong := fault(folder / name, listed[name])):
-            faults[name] = f"{folder / name} is {wrong}"
-    for wrong in faults.values():
-        progress.warn(f"{wrong}; regenerating it")
-    kept = {name: file for name, file in sorted(listed.items()) if name not in faults}
-    done = found.done and len(kept) == layout.files and kept == found.shards
-    return found.model_copy(update={"shards": kept, "done": done})
-
-
-def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, name: str, manifest: Manifest) -> None:
+def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, manifest: Manifest) -> None:
     for key in solved.keys() - {"class_labels"}:
         kept = solved[key] if key == "noise" else restored(stored(solved[key], manifest.dtype))
         finite = (solved[key].isfinite() & kept.isfinite()).flatten(1).all(1)
         if not finite.all():
+            name = manifest.layout.name(manifest.layout.holding(start))
             raise RunError(
                 f"pair {start + int(finite.int().argmin())} of {name} contains NaN or infinity as {manifest.dtype} "
                 f"after {manifest.steps} steps of {manifest.solver}; the shard was not written, earlier shards are "

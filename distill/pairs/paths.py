@@ -15,8 +15,8 @@ from distill.flow.fields import start
 from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
 from distill.pairs.manifest import Manifest
-from distill.pairs.numbers import restored, stored
 from distill.protocols import Codec, Cond, VelocityField
+from distill.shards.values import restored, stored
 from distill.spec.model import PairsStage
 from distill.students import fitted
 from distill.teachers.loaded import LoadedTeacher

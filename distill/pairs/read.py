@@ -3,26 +3,26 @@
 Only the rows of a batch are read from a shard, and only their noise is drawn.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.core.errors import InputError, RunError
 from distill.core.text import printable
 from distill.flow import draws
 from distill.flow.draws import Rows
-from distill.pairs.manifest import Manifest, fault, few, foreign, noise_sha256, read, records
-from distill.pairs.numbers import DTYPES, restored
+from distill.pairs.manifest import KIND, Manifest, noise_sha256, read
 from distill.pairs.paths import segment_starts
 from distill.protocols import Batch, Pairs
+from distill.shards import LatestShards, ShardOrder, mapped
+from distill.shards import manifest as files
+from distill.shards.mapped import Specs
+from distill.shards.order import GROUP
+from distill.shards.values import DTYPES, restored
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,9 @@ class PairSet:
             raise InputError(f"{folder} contains no pairs (no manifest.json); run the pairs stage first")
         layout = manifest.layout
         if not manifest.done or len(manifest.shards) < layout.files:
-            made = manifest.shards.keys() | records(folder, layout)[0].keys()
             raise InputError(
-                f"{folder} is incomplete: {len(made)} of {layout.files} shards exist; run its pairs stage again to "
-                "finish it"
+                f"{folder} is incomplete: {files.made(KIND, folder, manifest)} of {layout.files} shards exist; run its "
+                "pairs stage again to finish it"
             )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
@@ -70,13 +69,10 @@ class PairSet:
                 f"{printable(manifest.teacher_digest[:12])}, expected {str(teacher_digest)[:12]}; generate pairs with "
                 "this teacher"
             )
-        names = [layout.name(number) for number in layout.part((rank, size))]
-        faults = [f"{name} is {wrong}" for name in names if (wrong := fault(folder / name, manifest.shards[name]))]
-        if rank == 0:
-            faults += [f"{name} does not belong to this set" for name in foreign(folder, manifest)]
+        faults = files.faults(folder, manifest, (rank, size))
         if faults:
             raise InputError(
-                f"{folder}: {few(faults)}; delete damaged and unknown files, then resume "
+                f"{folder}: {files.few(faults)}; delete damaged and unknown files, then resume "
                 "the run (--resume): missing shards are generated again"
             )
         if not manifest.store_noise:
@@ -98,14 +94,7 @@ class PairSet:
     def load(self, number: int) -> Shard:
         """Shard `number`, mapped into memory. RunError if it cannot be read or does not fit the manifest."""
         path, indices = self.folder / self.layout.name(number), self.layout.indices(number)
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} was complete at the start, but cannot be read now: {error}") from error
-        found = {name: (values.dtype, tuple(values.shape)) for name, values in tensors.items()}
-        expected = self._tensors(len(indices))
-        if found != expected:
-            raise RunError(f"{path} contains {_told(found)}, but its manifest.json lists {_told(expected)}")
+        tensors = mapped.load(path, self._tensors(len(indices)))
         labels, classes = tensors.get("class_labels"), self.manifest.num_classes
         if labels is not None and classes is not None and not 0 <= labels.min() <= labels.max() < classes:
             raise RunError(f"{path} has labels outside 0 ... {classes - 1}, the classes of its manifest.json")
@@ -131,7 +120,7 @@ class PairSet:
             states = torch.cat([noise[:, None], kept, data[:, None]], dim=1)
         return found | {"states": states, "times": times}
 
-    def _tensors(self, pairs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def _tensors(self, pairs: int) -> Specs:
         """The dtype and shape of each tensor in a shard of `pairs` pairs, by name."""
         manifest, dtype = self.manifest, DTYPES[self.manifest.dtype]
         found = {"data": (dtype, (pairs, *manifest.shape))}
@@ -145,32 +134,23 @@ class PairSet:
         return found
 
 
-def _told(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
-    return printable(", ".join(f"{n} {str(d)[6:]} {list(shape)}" for n, (d, shape) in sorted(tensors.items())))
-
-
-@dataclass(frozen=True)
-class ShardGroup:
-    """Some shards of an epoch, and the order of their pairs."""
-
-    shards: list[int]
-    order: Tensor  # [n, 2] int64: (shard, row) of each pair
-
-
 class PairSource:
     """Batches of pairs. Implements `protocols.Source`.
 
-    The pairs form an endless stream of epochs, each of which contains every pair once. For an epoch the shards are
-    shuffled and cut into groups of `group`, and the pairs are shuffled within each group. The files of at most one
-    group are open at a time, whatever the size of the set. They are only a cache: any step can be asked for at any
-    time.
+    The pairs form an endless stream of epochs, see `ShardOrder`. The files of at most one group are open at a time,
+    whatever the size of the set. They are only a cache: any step can be asked for at any time.
     """
 
-    def __init__(self, pairs: PairSet, batch_size: int, seed: int, group: int = 4) -> None:
+    def __init__(self, pairs: PairSet, batch_size: int, seed: int, group: int = GROUP) -> None:
         self.pairs, self.batch_size, self.seed, self.group = pairs, batch_size, seed, group
-        self.held: dict[int, Shard] = {}
-        self._layout: tuple[int, list[list[int]], list[int]] = (-1, [], [])  # epoch, its groups, their first positions
-        self._group: tuple[int, int, ShardGroup] | None = None  # epoch, number of the group, group
+        layout = pairs.layout
+        self._order = ShardOrder([layout.indices(i) for i in range(layout.files)], seed, "pairs", group=group)
+        self._shards = LatestShards(lambda number: self.pairs.load(number), group)
+
+    @property
+    def held(self) -> Mapping[int, Shard]:
+        """The shards that are open, by number."""
+        return self._shards.held
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """These rows of the batch of `step`: noise and data [B, ...] float32, class_labels [B] if there are classes."""
@@ -178,43 +158,19 @@ class PairSource:
         position, stop = (step * self.batch_size + row for row in (rows.start, rows.stop))
         parts: list[dict[str, Tensor]] = []
         while position < stop:
-            group, offset = self._find(position)
-            chosen = group.order[offset : offset + stop - position]
-            parts.append(self._gather(group, chosen))
-            position += len(chosen)
+            epoch, first = divmod(position, len(self.pairs))
+            last = min(len(self.pairs), first + stop - position)
+            parts += [self._gather(chosen) for chosen in self._order.take(epoch, first, last)]
+            position += last - first
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         labels = found.pop("class_labels", None)
         return Batch(data=None, pairs=Pairs(**found), cond={} if labels is None else {"class_labels": labels})
 
-    def _find(self, position: int) -> tuple[ShardGroup, int]:
-        """The group that contains a position of the stream, and the place in its order."""
-        epoch, offset = divmod(position, len(self.pairs))
-        if self._layout[0] != epoch:
-            shards = draws.permutation(self.pairs.layout.files, self.seed, "pairs", epoch, "shards").tolist()
-            groups = [shards[i : i + self.group] for i in range(0, len(shards), self.group)]
-            starts = list(accumulate((sum(map(self._pairs, group)) for group in groups), initial=0))
-            self._layout = epoch, groups, starts
-        _, groups, starts = self._layout
-        number = bisect_right(starts, offset) - 1
-        if self._group is None or self._group[:2] != (epoch, number):
-            sizes = [self._pairs(shard) for shard in groups[number]]
-            of_shard = torch.tensor(groups[number]).repeat_interleave(torch.tensor(sizes))
-            rows = torch.stack([of_shard, torch.cat([torch.arange(size) for size in sizes])], dim=1)
-            order = rows[draws.permutation(len(rows), self.seed, "pairs", epoch, number)]
-            self._group = epoch, number, ShardGroup(groups[number], order)
-        return self._group[2], offset - starts[number]
-
-    def _pairs(self, shard: int) -> int:
-        return len(self.pairs.layout.indices(shard))
-
-    def _gather(self, group: ShardGroup, chosen: Tensor) -> dict[str, Tensor]:
-        """The fields of `Pairs`, and the labels if there are any, for the rows `chosen` [n, 2], in their order."""
-        self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # frees memory
-        numbers = chosen[:, 0].unique().tolist()
-        back = torch.argsort(torch.cat([(chosen[:, 0] == number).nonzero().squeeze(1) for number in numbers]))
-        parts = []
-        for number in numbers:
-            if number not in self.held:
-                self.held[number] = self.pairs.load(number)
-            parts.append(self.pairs.fields(self.held[number], chosen[chosen[:, 0] == number, 1]))
+    def _gather(self, chosen: Tensor) -> dict[str, Tensor]:
+        """The fields of `Pairs`, and the labels if there are any, for the pairs `chosen` [n], in their order."""
+        numbers = torch.div(chosen, self.pairs.manifest.shard, rounding_mode="floor")
+        rows = chosen - numbers * self.pairs.manifest.shard
+        different = numbers.unique().tolist()
+        back = torch.argsort(torch.cat([(numbers == number).nonzero().squeeze(1) for number in different]))
+        parts = [self.pairs.fields(self._shards[number], rows[numbers == number]) for number in different]
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}

@@ -7,6 +7,7 @@ from typing import Any
 from distill.runs.run_store import RunPaths
 from distill.spec import evalspec, pairspec
 from distill.spec.kinds import AUTO, FITTED
+from distill.spec.layout import Layout
 from distill.spec.model import (
     OF_DATA,
     WITH_STATES,
@@ -147,7 +148,7 @@ def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     total = round(stage.count * calls)
     about = "about " if stage.field_settings.varies or stage.solver == AUTO else ""  # it depends on the teacher
     work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {about}{total:,}"
-    shards = pairspec.Layout.of(stage).files
+    shards = Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = _unique([*_teachers(stage), *(["data"] if stage.paths in OF_DATA else [])])
     return PlannedStage(name, stage.kind, what, work, needs, total, writes)

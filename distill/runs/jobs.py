@@ -16,7 +16,7 @@ from distill.core import records
 from distill.core.owners import Owner
 from distill.runs import events
 from distill.runs.run_store import RunPaths, append_line, event_line, read_events
-from distill.spec import pairspec
+from distill.spec.layout import Layout, shard_path, shard_record
 from distill.spec.model import PairsStage
 
 ASKED, LOST = "asked", "lost"  # ended by a signal of unknown reason; ended without recording anything
@@ -147,9 +147,5 @@ def lead_needed(run: RunPaths) -> float:
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
     """The parts (jobs of an array of `parts` jobs) that still have shards to make."""
     made = {path.name for path in folder.glob("shard-*.json")}
-    todo = (
-        n
-        for n in range(pairspec.Layout.of(stage).files)
-        if pairspec.shard_record(pairspec.shard_path(folder, n)).name not in made
-    )
+    todo = (n for n in range(Layout.of(stage).files) if shard_record(shard_path(folder, n)).name not in made)
     return sorted({number % parts for number in todo})

@@ -5,7 +5,7 @@ from pathlib import Path
 from distill.core import records, yamltext
 from distill.core.errors import InputError
 from distill.runs.run_store import RunPaths
-from distill.spec import pairspec
+from distill.spec import layout
 from distill.spec.model import RunSpec, TrainStage
 from distill.spec.specfile import validate
 
@@ -45,7 +45,7 @@ def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
 
 def _are_whole(folder: Path) -> bool:
     """Whether the manifest exists and each listed file has its size. Checksums are verified when pairs are read."""
-    shards = pairspec.listed(folder)
+    shards = layout.listed(folder)
     try:
         return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())
     except OSError:

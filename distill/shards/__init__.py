@@ -1,1 +1,8 @@
-"""Sets of items in files (shards), which several processes make and any number of processes read."""
+"""Sets of items in files (shards): made by several processes, verified, and read with a few files open at a time."""
+
+from distill.shards.making import make
+from distill.shards.manifest import SetKind, SetManifest, ShardEntry
+from distill.shards.mapped import LatestShards
+from distill.shards.order import ShardOrder
+
+__all__ = ["SetKind", "LatestShards", "SetManifest", "ShardEntry", "ShardOrder", "make"]

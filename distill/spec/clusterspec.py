@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from distill.spec import pairspec
+from distill.spec.layout import Layout
 from distill.spec.model import LaunchSpec, PairsStage, RunSpec, TrainStage
 
 TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
@@ -36,9 +36,7 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
                 f"(time: {slurm.time}); increase time, or decrease lead_seconds"
             )
     yield from _processes(spec, launch)
-    shards = {
-        name: pairspec.Layout.of(stage).files for name, stage in spec.stages.items() if isinstance(stage, PairsStage)
-    }
+    shards = {name: Layout.of(stage).files for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
     if slurm.pairs_jobs > 1 and not shards:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:

@@ -1,12 +1,7 @@
-"""Layout of pairs in files, and validation of pairs stages and of the pairs of train stages. Does not import torch."""
+"""Validation of pairs stages and of the pairs of train stages. Does not import torch."""
 
 import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-from pydantic import BaseModel, ValidationError
 
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SHARDS
@@ -15,94 +10,17 @@ from distill.spec import guidancespec
 from distill.spec.apportion import rows_by_share
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import AUTO, FITTED, either, inverting_solvers
+from distill.spec.layout import Layout
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
-MAX_MANIFEST = 256 << 20  # bytes; several times the size that MAX_SHARDS files need
 STEPS_TO_TRY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 MAX_FITTED_STEPS = 64  # the number of weights of a fitted solver is quadratic
-SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Layout of `count` pairs in files of `shard` pairs each; the last file may have fewer.
-
-    Everything is computed without building lists, since a spec's count may be huge before it is refused.
-    """
-
-    count: int
-    shard: int
-
-    @classmethod
-    def of(cls, stage: PairsStage) -> "Layout":
-        return cls(stage.count, stage.shard)
-
-    @property
-    def files(self) -> int:
-        return -(-self.count // self.shard)
-
-    def indices(self, number: int) -> range:
-        """Indices of the pairs in file `number`."""
-        return range(number * self.shard, min((number + 1) * self.shard, self.count))
-
-    def name(self, number: int) -> str:
-        return shard_path(Path(), number).name
-
-    def number(self, name: str) -> int | None:
-        """The number of the file with this name; None if no file of the set has it."""
-        match = SHARD_NAME.fullmatch(name)
-        number = int(match[1]) if match else self.files
-        return number if number < self.files and self.name(number) == name else None
-
-    def part(self, part: tuple[int, int] | None) -> range:
-        """The file numbers i, i + n, ... of part (i, n). None: all files."""
-        first, step = part or (0, 1)
-        return range(first, self.files, step)
-
-    def pairs(self, files: range) -> int:
-        """Number of pairs in these files."""
-        missing = self.files * self.shard - self.count if self.files - 1 in files else 0
-        return len(files) * self.shard - missing
 
 
 def size(stage: PairsStage, part: tuple[int, int] | None = None) -> int:
     """Number of pairs of a stage, or of the shards of one part (i, n)."""
     layout = Layout.of(stage)
-    return layout.pairs(layout.part(part))
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """Path of shard `number` in a folder of pairs."""
-    return folder / f"shard-{number:05}.safetensors"
-
-
-def shard_record(shard: Path) -> Path:
-    """Path of the record that is written once a shard is complete. The manifest lists all shards in the end."""
-    return shard.with_suffix(".json")
-
-
-class _ListedFile(BaseModel):
-    size: int
-
-
-class _Listing(BaseModel):
-    shards: dict[str, _ListedFile]
-
-
-def listed(folder: Path) -> dict[str, int] | None:
-    """Shard name -> size in bytes, from the manifest of a folder of pairs; None if it is missing or damaged.
-
-    Nothing else in the manifest is validated; `pairs.manifest.read` does that.
-    """
-    path = folder / "manifest.json"
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_MANIFEST:
-            return None
-        found = _Listing.model_validate_json(path.read_bytes()).shards
-    except (OSError, ValidationError):
-        return None
-    plain = all(Path(name).name == name for name in found)
-    return {name: file.size for name, file in found.items()} if plain else None
+    return layout.items(layout.part(part))
 
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:

@@ -1,0 +1,132 @@
+"""Makes a set shard by shard. A process that is killed loses only the shard that it is working on.
+
+The cost of a shard does not depend on the number of shards: first the shard is written, then its record. The manifest
+is written twice: before the first shard, and with all shards listed when the set is complete.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from distill.core import space
+from distill.core.atomic import remove_unfinished, write_atomic
+from distill.core.errors import InputError
+from distill.core.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.shards import manifest as files
+from distill.shards.manifest import E, SetKind, M, few
+from distill.spec.layout import shard_record
+
+B = TypeVar("B")  # what is made of one block
+
+
+def make(
+    kind: SetKind[M, E],
+    planned: M,
+    folder: Path,
+    *,
+    block: int,
+    item_bytes: int,
+    solve: Callable[[range], B],
+    encode: Callable[[list[B], range], tuple[bytes, E]],
+    progress: Progress,
+    stop: StopRequest,
+    part: tuple[int, int] | None = None,
+    begin: Callable[[], None] = lambda: None,
+    check: Callable[[Mapping[str, E]], None] = lambda listed: None,
+) -> M | None:
+    """Make the shards of a set that `folder` does not have yet. Returns the manifest if this completed the set.
+
+    On devices of the same kind, the files are the same bytes, whether or not the work was interrupted: blocks of
+    consecutive items are always solved as a whole, and a shard appears complete or not at all.
+
+    planned: the manifest, without shards. block: items that are solved together, of which shards hold a multiple. The
+    last block of a shard may have fewer. item_bytes: about how much space an item takes. solve: makes the items of one
+    block. encode: the bytes of a shard, from its blocks, and its entry.
+    part: (i, n) makes only the shards i, i + n, ...; other processes make the rest. begin: called if part 0 has no
+    shard yet. check: called with all entries before the manifest of the complete set is written; it may raise.
+
+    InputError if the folder holds another set or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{kind.items} cannot be written to {folder}: {error.strerror}; name another folder"
+        ) from error
+    layout, ours = planned.layout, planned.layout.part(part)
+    manifest = resume(kind, planned, folder, ours, progress)
+    missing = [number for number in ours if layout.name(number) not in manifest.shards]
+    left = sum(len(layout.indices(number)) for number in missing)
+    done, kept = layout.items(ours) - left, len(ours) - len(missing)
+    space.require(folder, left * item_bytes, f"{left:,} {kind.items}")
+    if done == 0 and ours and ours.start == 0:
+        begin()
+    progress.start(done)
+    listed = dict(manifest.shards)
+    for already, number in enumerate(missing, start=kept):
+        name, indices = layout.name(number), layout.indices(number)
+        blocks: list[B] = []
+        for start in range(indices.start, indices.stop, block):
+            stop.raise_if_requested(f"{already} of {len(ours)} shards in {folder}")
+            some = range(start, min(start + block, indices.stop))
+            blocks.append(solve(some))
+            done += len(some)
+            progress.update(done, {})
+        content, listed[name] = encode(blocks, indices)
+        write_atomic(folder / name, content)
+        write_atomic(shard_record(folder / name), listed[name].model_dump_json())
+    if part is not None and len(listed) < layout.files:
+        listed = listed | files.records(kind, folder, layout)[0]  # the part that ends last completes the set
+    completed = None
+    if len(listed) == layout.files and not manifest.done:
+        check(listed)
+        completed = manifest.with_shards(dict(sorted(listed.items())), done=True)
+        completed.save(folder)
+    if part is None:
+        remove_records(folder, planned)
+    return completed
+
+
+def remove_records(folder: Path, manifest: M) -> None:
+    """Remove the records of the shards of a complete set."""
+    for path in folder.glob("shard-*.json"):
+        if manifest.layout.number(path.with_suffix(".safetensors").name) is not None:
+            path.unlink(missing_ok=True)
+
+
+def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress: Progress) -> M:
+    """The folder's manifest, with all shards that are complete. If there is none, the planned one is saved.
+
+    The shards with numbers in `ours` are read and compared with their checksums; missing and damaged ones are left out.
+    InputError if the folder holds another set.
+    """
+    # Listed before the manifest is read, because another process may be creating both.
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    layout, found = planned.layout, files.read(kind, folder)
+    strangers = files.foreign(folder, layout) if found else shards
+    if found and (differences := found.differences(planned)):
+        raise InputError(
+            f"{folder} contains {kind.items} with other settings: {', '.join(differences)}; delete the folder, or use "
+            "another folder or run name"
+        )
+    if strangers:
+        raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
+    whole = len(ours) == layout.files
+    remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
+    if found is None:
+        planned.save(folder)
+        found = planned
+    recorded, unreadable = files.records(kind, folder, layout)
+    listed = {name: file for name, file in {**found.shards, **recorded}.items() if name not in unreadable}
+    faults = dict[str, str]()
+    for name in (layout.name(number) for number in ours):
+        if name in unreadable:
+            faults[name] = unreadable[name]
+        elif name in listed and (wrong := files.fault(folder / name, listed[name])):
+            faults[name] = f"{folder / name} is {wrong}"
+    for wrong in faults.values():
+        progress.warn(f"{wrong}; regenerating it")
+    kept = {name: file for name, file in sorted(listed.items()) if name not in faults}
+    resumed = found.with_shards(kept, done=False)
+    return found if found.done and resumed.shards == found.shards else resumed
