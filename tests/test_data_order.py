@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.data import DataSource
-from distill.data.order import BatchOrder
+from distill.data.order import BatchOrder, streams
 from distill.data.source import Items
 from distill.flow.draws import Rows, permutation
 
@@ -16,7 +16,7 @@ COUNT, SIZE = 41, 4
 
 
 def order(size: int = SIZE, seed: int = 3, buckets=BUCKETS) -> BatchOrder:
-    return BatchOrder([np.array(each, np.int64) for each in buckets], size, seed)
+    return BatchOrder(streams(0, [np.array(each, np.int64) for each in buckets], None, seed), size, seed)
 
 
 def batch(of: BatchOrder, step: int, size: int = SIZE) -> list[int]:

@@ -1,59 +1,103 @@
 """The order in which the items of a data set are read: every batch has items of one size."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.flow.draws import Rows, permutation
+from distill.shards import ShardOrder
+
+
+class ItemStream(Protocol):
+    """The items of one size, as an endless stream of epochs, each of which contains every item once."""
+
+    def __len__(self) -> int: ...
+    def take(self, epoch: int, first: int, last: int) -> Iterator[Tensor]: ...  # items at these positions, [n] int64
+
+
+class Shuffled:
+    """A stream of epochs, each of which is a permutation of the items. Implements `ItemStream`.
+
+    items: their indices, [n] int64. key: with the epoch, the seed of the permutation.
+    """
+
+    def __init__(self, items: NDArray[np.int64], *key: int | str) -> None:
+        self._items, self._key = items, key
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))  # of one epoch
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def take(self, epoch: int, first: int, last: int) -> Iterator[Tensor]:
+        if self._order[0] != epoch:
+            order = permutation(len(self), *self._key, epoch)
+            self._order = epoch, torch.from_numpy(self._items[order.numpy()])
+        yield self._order[1][first:last]
+
+
+def streams(
+    count: int,
+    buckets: Sequence[NDArray[np.int64]] | None,
+    shards: Sequence[Sequence[range]] | None,
+    seed: int,
+) -> list[ItemStream]:
+    """The streams of a data set of `count` items. See `DataSet.buckets` and `ShardedData.shards`."""
+    if shards is not None:
+        return [ShardOrder(each, seed, "data", bucket) for bucket, each in enumerate(shards)]
+    if buckets is None or len(filled := [each for each in buckets if len(each)]) == 1:
+        return [Shuffled(np.arange(count) if buckets is None else filled[0], seed)]
+    return [Shuffled(each, seed, "bucket", bucket) for bucket, each in enumerate(filled)]
 
 
 class BatchOrder:
     """The items of each batch of an endless stream of batches of size B.
 
-    A bucket is the set of all items of one size. Bucket b, with n_b items, is a stream of epochs, each of which is a
-    permutation of its items. Every B consecutive items of the stream are one batch, which may span two or more epochs.
+    A bucket is the set of all items of one size. Bucket b, with n_b items, is a stream of epochs (`ItemStream`). Every
+    B consecutive items of the stream are one batch, which may span two or more epochs.
 
     The batches of all buckets are ordered in epochs as well. The first e epochs contain the first floor(e n_b / B)
     batches of bucket b, so that each item appears as often as in e epochs, except for the items of a bucket that do
     not fill its next batch. Within an epoch, the buckets take turns in random order. With one bucket, batch k has the
     positions [k B, (k + 1) B) of its stream.
 
-    The order depends only on the buckets, the batch size and the seed. Any batch can be asked for at any time; only the
+    The order depends only on the streams, the batch size and the seed. Any batch can be asked for at any time; only the
     order of the current epoch is kept in memory.
 
-    buckets: the items of each bucket, by index, [n_b] each. Raises ValueError if there are no items.
+    streams: of each bucket. Raises ValueError if there are no items.
     """
 
-    def __init__(self, buckets: Sequence[NDArray[np.int64]], batch_size: int, seed: int) -> None:
-        self._buckets = [each for each in buckets if len(each)]
-        if not self._buckets:
+    def __init__(self, streams: Sequence[ItemStream], batch_size: int, seed: int) -> None:
+        self._streams = [each for each in streams if len(each)]
+        if not self._streams:
             raise ValueError("the order of a data set without items was asked for")
         self._batch_size, self._seed = batch_size, seed
         self._turns: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
         """an epoch; the bucket of each of its batches; which batch of its bucket in this epoch that is"""
-        self._shuffled: dict[int, tuple[int, NDArray[np.int64]]] = {}
-        """by bucket: an epoch of its stream, and its items in their order"""
 
     def items(self, step: int, rows: Rows) -> list[tuple[int, list[int]]]:
         """The items in these rows of the batch of `step`: indices of items, with the epoch of the bucket's stream."""
         bucket, batch = self._find(step)
-        n = len(self._buckets[bucket])
+        stream = self._streams[bucket]
+        n = len(stream)
         position, stop = batch * self._batch_size + rows.start, batch * self._batch_size + rows.stop
         parts = []
         while position < stop:
             epoch, first = divmod(position, n)
             last = min(n, first + stop - position)
-            parts.append((epoch, self._order(bucket, epoch)[first:last].tolist()))
+            parts.append((epoch, [item for some in stream.take(epoch, first, last) for item in some.tolist()]))
             position += last - first
         return parts
 
     def _find(self, step: int) -> tuple[int, int]:
         """The bucket of the batch of `step`, and which batch of this bucket it is."""
-        if len(self._buckets) == 1:
+        if len(self._streams) == 1:
             return 0, step
-        total, count, size = sum(map(len, self._buckets)), len(self._buckets), self._batch_size
+        total, count, size = sum(map(len, self._streams)), len(self._streams), self._batch_size
         low, high = step * size // total, (step + 1 + count) * size // total + 1
         epoch = low + bisect_right(range(low, high + 1), step, key=lambda e: sum(self._before(e))) - 1
         before = self._before(epoch)
@@ -70,14 +114,4 @@ class BatchOrder:
 
     def _before(self, epoch: int) -> list[int]:
         """How many batches of each bucket come before this epoch."""
-        return [epoch * len(each) // self._batch_size for each in self._buckets]
-
-    def _order(self, bucket: int, epoch: int) -> NDArray[np.int64]:
-        """The items of a bucket in the order of one epoch of its stream."""
-        kept = self._shuffled.get(bucket)
-        if kept is None or kept[0] != epoch:
-            items = self._buckets[bucket]
-            own = () if len(self._buckets) == 1 else ("bucket", bucket)
-            kept = epoch, items[permutation(len(items), self._seed, *own, epoch).numpy()]
-            self._shuffled[bucket] = kept
-        return kept[1]
+        return [epoch * len(each) // self._batch_size for each in self._streams]

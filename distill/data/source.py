@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.order import BatchOrder
+from distill.data.order import BatchOrder, streams
 from distill.data.prompts import Prompts
 from distill.flow.draws import Rows
 from distill.protocols import Batch
@@ -44,6 +44,14 @@ class DataSet(Protocol):
     def items(self, epoch: int, indices: Sequence[int]) -> Items: ...
 
 
+@runtime_checkable
+class ShardedData(Protocol):
+    """A data set that is stored in shards, which are read one group after the other."""
+
+    @property
+    def shards(self) -> Sequence[Sequence[range]]: ...  # the items of each shard, for each bucket
+
+
 class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 
@@ -52,7 +60,8 @@ class DataSource:
 
     def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True) -> None:
         self.data, self.batch_size, self.seed, self.labels = data, batch_size, seed, labels
-        self._order = BatchOrder([np.arange(len(data))] if data.buckets is None else data.buckets, batch_size, seed)
+        shards = data.shards if isinstance(data, ShardedData) else None
+        self._order = BatchOrder(streams(len(data), data.buckets, shards, seed), batch_size, seed)
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """Returns these rows of the global batch of `step`, on the CPU."""

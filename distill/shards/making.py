@@ -14,7 +14,7 @@ from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.runs.progress import Progress
 from distill.shards import manifest as files
-from distill.shards.manifest import E, SetKind, M, few
+from distill.shards.manifest import E, M, SetKind, few
 from distill.spec.layout import shard_record
 
 B = TypeVar("B")  # what is made of one block
