@@ -109,7 +109,7 @@ def create(
         **_own_recipes(source),
         **(more or {}),
     }
-    if source.spec.data.kind in ("images", "hf"):
+    if source.spec.data.kind in ("images", "tars", "hf"):
         from distill import data  # imports torch
 
         run_store.make(folder)

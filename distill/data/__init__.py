@@ -4,13 +4,13 @@ from pathlib import Path
 
 from distill.core import printing
 from distill.core.errors import RunError
-from distill.data import arrays, index
+from distill.data import arrays, index, tars
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
 from distill.data.rows import FileRows, ImageRows
 from distill.data.source import DataSet, DataSource
 from distill.spec import imagefolder
-from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistData
+from distill.spec.model import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, TarsData
 
 __all__ = ["DataSet", "DataSource", "load_data", "update_index"]
 
@@ -34,7 +34,7 @@ def load_data(
             return arrays.digits()
         case MnistData():
             return arrays.mnist()
-        case ImagesData() | HfData():
+        case ImagesData() | TarsData() | HfData():
             return _images(spec, seed, folder, keep, indexed)
     return None
 
@@ -46,7 +46,7 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
 
     If the index cannot be written to the store, only a warning is printed: that copy just saves time in later runs.
     """
-    if not isinstance(spec, ImagesData | HfData):
+    if not isinstance(spec, ImagesData | TarsData | HfData):
         return
     shared = _place(spec, store)
     own = None if run is None else _place(spec, run)
@@ -64,7 +64,9 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
         index.write(own, now)
 
 
-def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: bool, indexed: bool) -> ImageData:
+def _images(
+    spec: ImagesData | TarsData | HfData, seed: int, folder: Path | None, keep: bool, indexed: bool
+) -> ImageData:
     known = None if folder is None else index.read(_place(spec, folder))
     if indexed and known is not None:
         rows = _rows(spec, known)
@@ -78,22 +80,25 @@ def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: boo
     return _LOADED.get(key, loaded)
 
 
-def _place(spec: ImagesData | HfData, folder: Path) -> Path:
+def _place(spec: ImageOptions, folder: Path) -> Path:
     """The path of the index of a data set in a store or a run. Raises InputError if the data's path is inaccessible."""
     spec.refuse_hidden_place()
     return index.path(folder, spec)
 
 
-def _indexed(spec: ImagesData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
+def _indexed(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
     """Lists the images of a data set and indexes those that are new or have changed."""
     place = _place(spec, Path())
-    found = _found(spec)
-    now = index.make(found, _INDEXES.get(place, known), flatten=spec.background is not None)
+    old = _INDEXES.get(place, known)
+    found = _found(spec, old)
+    now = index.make(found, old, flatten=spec.background is not None)
     _INDEXES[place] = now
     return found.rows, now
 
 
-def _found(spec: ImagesData | HfData) -> FoundImages:
+def _found(spec: ImagesData | TarsData | HfData, old: ImageIndex | None) -> FoundImages:
+    if isinstance(spec, TarsData):
+        return tars.found(spec, old)
     if isinstance(spec, HfData):
         from distill.data import tables  # imported here because the datasets library takes a second
 
@@ -103,8 +108,10 @@ def _found(spec: ImagesData | HfData) -> FoundImages:
     return FoundImages(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
 
 
-def _rows(spec: ImagesData | HfData, known: ImageIndex) -> ImageRows:
-    """The rows of an indexed data set. For a folder of images, the names come from the index."""
+def _rows(spec: ImagesData | TarsData | HfData, known: ImageIndex) -> ImageRows:
+    """The rows of an indexed data set. For files, the names come from the index."""
+    if isinstance(spec, TarsData):
+        return tars.rows(spec, known)
     if isinstance(spec, HfData):
         from distill.data import tables
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
-from distill.data.index import CHUNK, REASONS, ImageIndex, State
+from distill.data.facts import CHUNK, REASONS, State
+from distill.data.index import ImageIndex
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.data.rows import ImageRows
 from distill.data.source import Items
@@ -178,7 +179,8 @@ class ImageData:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
         found, limit = len(self.unreadable), self._options.max_unreadable
         names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
-        problem = "cannot be decoded" if self.prompts is None else "cannot be used"
+        decodable = self.prompts is None and self._index.members is None
+        problem = "cannot be decoded" if decodable else "cannot be used"
         count = f"{self.name}: {found} of {len(self._index)} images {problem}"
         if found > limit or found == len(self._index):
             raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")

@@ -9,16 +9,13 @@ runs do not change. A file whose size and timestamps have not changed is not rea
 time. Other users may have written the indexes of a store, so every index is validated, and an invalid one is replaced.
 """
 
-import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from enum import IntEnum
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -29,43 +26,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
 from distill.core.atomic import write_atomic
-from distill.core.errors import InputError, RunError
+from distill.core.errors import RunError
 from distill.core.regular_files import read_regular
 from distill.data import prompts
-from distill.data.decoding import UNREADABLE, decode, header, is_transparent
+from distill.data.facts import State, read_all, times
 from distill.data.prompts import CaptionFault, Captions, Prompts
-from distill.data.rows import FileRows, ImageRows
+from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.spec.imagefolder import MAX_CLASSES
-from distill.spec.model import HfData, ImagesData
+from distill.spec.model import HfData, ImageOptions, TarsData
 
 MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
 TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
 CAPTION_ARRAYS = {"prompts", "prompt_ends", "caption_files"}
-THREADS = 16  # threads that read files, because network file systems serve many requests at once
-TASK = 32  # files that a thread reads per task
-CHUNK = THREADS * TASK * 8  # rows that are submitted together
+TAR_ARRAYS = {"members", "tars", "tar_ends", "tar_stops"}
 # In nanoseconds. A file that was modified less than this before indexing may have been modified again within the
 # resolution of its timestamp, so it is read again.
 SETTLED = 2 * 10**9
-
-
-class State(IntEnum):
-    """Whether an image can be used, and if not, why. From EMPTY on, the image has no bytes."""
-
-    FINE = 0
-    BROKEN = 1
-    """cannot be decoded"""
-    TRANSPARENT = 2
-    OUT_OF_RANGE = 3
-    EMPTY = 4
-    """the row has no image"""
-    MISSING = 5
-    DENIED = 6
-    UNREAD = 7
-    """not a regular file, or a read error"""
-
-
-REASONS = {State.MISSING: "no such file", State.DENIED: "no permission to read it", State.UNREAD: "not a regular file"}
 
 
 class _Head(BaseModel):
@@ -98,6 +74,11 @@ class ImageIndex:
     prompts: NDArray[np.uint8] | None = None  # the bytes of all different captions, concatenated
     prompt_ends: NDArray[np.int64] | None = None  # where each caption ends in `prompts`
     caption_files: NDArray[np.int64] | None = None  # [N, 3]: like `file`, of the caption's file; 0: it has no own file
+    # Images in T tars have these arrays; see `rows.TarRows`. Their `names` are those in the tars, `file` is of the tar.
+    members: NDArray[np.int64] | None = None  # [N, 2]
+    tars: NDArray[np.uint8] | None = None  # the bytes of the names of all tars, concatenated
+    tar_ends: NDArray[np.int64] | None = None  # [T]: where each name ends in `tars`
+    tar_stops: NDArray[np.int64] | None = None  # [T]: where the rows of each tar end
 
     def __len__(self) -> int:
         return len(self.state)
@@ -116,16 +97,18 @@ class ImageIndex:
 
     def name(self, row: int) -> str:
         """The name of the row's file; empty if the image has no file of its own."""
-        start = int(self.ends[row - 1]) if row else 0
-        return os.fsdecode(self.names[start : int(self.ends[row])].tobytes())
+        return FileNames(self.names, self.ends)[row]
 
-    def is_same(self, row: int, found: os.stat_result) -> bool:
-        """Whether size, mtime and ctime of the row's file are those of the index."""
-        return tuple(self.file[row].tolist()) == _times(found)
+    def in_tars(self, root: Path) -> TarRows | None:
+        """The rows, if they are images in tars. root: the folder of the tars."""
+        if self.members is None or self.tars is None or self.tar_ends is None or self.tar_stops is None:
+            return None
+        names = FileNames(self.names, self.ends)
+        return TarRows(root, FileNames(self.tars, self.tar_ends), self.tar_stops, self.members, names)
 
     def is_same_content(self, row: int, found: os.stat_result) -> bool:
-        """Like `is_same`, but ignores ctime: owner, permissions or links of the file may have changed."""
-        return tuple(self.file[row, :2].tolist()) == _times(found)[:2]
+        """Whether size and mtime of the row's file are those of the index. Its owner may have changed, and so ctime."""
+        return tuple(self.file[row, :2].tolist()) == times(found)[:2]
 
 
 @dataclass(frozen=True)
@@ -144,14 +127,30 @@ class FoundImages:
     """fingerprint of the table that holds the rows; empty: the rows are files"""
     captions: Captions | None = None
     """of all rows; see `Captions.of`"""
+    in_tars: "FoundInTars | None" = None
+    """what the headers of the tars tell; None: the images are not in tars"""
 
 
-def path(folder: Path, spec: ImagesData | HfData) -> Path:
+@dataclass(frozen=True)
+class FoundInTars:
+    """What is known about N rows in tars before their images are read."""
+
+    state: NDArray[np.uint8]
+    """[N]: values of State"""
+    file: NDArray[np.int64]
+    """[N, 3]: size, mtime and ctime of the row's tar"""
+    known: NDArray[np.int64]
+    """[N]: the row of the same image in the old index; -1: the tar is new or has changed"""
+
+
+def path(folder: Path, spec: ImageOptions) -> Path:
     """The path of the index of a data set in a store or a run."""
     place = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
-    parts = [spec.kind, place, spec.background is None]
+    parts = [spec.model_dump()["kind"], place, spec.background is None]
     if isinstance(spec, HfData):
         parts += [spec.revision, spec.split, spec.image_column, spec.label_column]
+    if isinstance(spec, TarsData):
+        parts += [spec.caption_key, spec.label_key]
     return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -189,13 +188,33 @@ def read(path: Path) -> ImageIndex | None:
             "prompt_ends": (long, sizes["prompt_ends"]),
             "caption_files": (long, (n, 3)),
         }
+    if not TAR_ARRAYS.isdisjoint(arrays):
+        count = arrays["tar_ends"].size if "tar_ends" in arrays else 0
+        wanted |= {
+            "members": (long, (n, 2)),
+            "tars": (byte, (arrays["tars"].size,) if "tars" in arrays else ()),
+            "tar_ends": (long, (count,)),
+            "tar_stops": (long, (count,)),
+        }
     if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted or n == 0:
         return None
     index = ImageIndex(head, **arrays)  # type: ignore[arg-type]  # the types were compared above
-    in_order = index.ends[0] >= 0 and (np.diff(index.ends) >= 0).all() and index.ends[-1] == len(index.names)
+    in_order = _rise(index.ends, len(index.names))
     labelled = _are_labels(index)
     known = index.state.max() <= max(State) and index.sides.min() >= 0
-    return index if in_order and labelled and known else None
+    return index if in_order and labelled and known and _are_tars(index) else None
+
+
+def _rise(ends: NDArray[np.int64], last: int) -> bool:
+    return bool(len(ends) and ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == last)
+
+
+def _are_tars(index: ImageIndex) -> bool:
+    """Whether the arrays of tars of an index that was read are valid, if there are any."""
+    if index.members is None or index.tars is None or index.tar_ends is None or index.tar_stops is None:
+        return True
+    rises = _rise(index.tar_ends, len(index.tars)) and _rise(index.tar_stops, len(index))
+    return rises and bool(index.members.min() >= 0)
 
 
 def _are_labels(index: ImageIndex) -> bool:
@@ -227,7 +246,8 @@ def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageI
     """
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
-    names = [os.fsencode(name) for name in found.files]
+    names = found.files if isinstance(found.files, FileNames) else FileNames.of(map(os.fsencode, found.files))
+    tars = rows if isinstance(rows, TarRows) else None
     captions = found.captions
     labels = found.labels if captions is None else captions.labels
     index = ImageIndex(
@@ -238,20 +258,27 @@ def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageI
         file=np.zeros((n, 3), np.int64),
         sha256=np.zeros((n, 32), np.uint8),
         labels=np.array([] if labels is None else labels, np.int64),
-        names=np.frombuffer(b"".join(names), np.uint8),
-        ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        names=names.content,
+        ends=names.ends,
         prompts=None if captions is None else captions.prompts.content,
         prompt_ends=None if captions is None else captions.prompts.ends,
         caption_files=None if captions is None else captions.files,
+        members=None if tars is None else tars.members,
+        tars=None if tars is None else tars.tars.content,
+        tar_ends=None if tars is None else tars.tars.ends,
+        tar_stops=None if tars is None else tars.stops,
     )
-    new, known = _compare(found, old)
-    if old is not None and len(known) == n == len(old) and _same_set(index, old):
+    if found.in_tars is not None:
+        index.state[:], index.file[:] = found.in_tars.state, found.in_tars.file
+    known, new = _compare(found, old)
+    if old is not None and (known >= 0).all() and len(old) == n and _same_set(index, old):
         return old
-    if old is not None and len(known):
-        ours, theirs = np.array(list(known)), np.array(list(known.values()))
+    if old is not None and (known >= 0).any():
         for name in ("state", "sides", "alpha", "file", "sha256"):
-            getattr(index, name)[ours] = getattr(old, name)[theirs]
-    for row, facts in _read_all(rows, new, flatten):
+            getattr(index, name)[known >= 0] = getattr(old, name)[known[known >= 0]]
+    for row, facts in read_all(rows, new, flatten):
+        if found.in_tars is not None and facts.file != tuple(index.file[row].tolist()):
+            raise RunError(f"{rows.name(row)} changed while the data was indexed; start again once it is complete")
         index.state[row], index.alpha[row] = facts.state, facts.alpha
         index.sides[row] = facts.sides
         index.file[row] = facts.file
@@ -265,7 +292,7 @@ def _same_set(a: ImageIndex, b: ImageIndex) -> bool:
         and np.array_equal(a.labels, b.labels)
         and np.array_equal(a.ends, b.ends)
         and np.array_equal(a.names, b.names)
-        and all(_are_equal(getattr(a, name), getattr(b, name)) for name in CAPTION_ARRAYS)
+        and all(_are_equal(getattr(a, name), getattr(b, name)) for name in CAPTION_ARRAYS | TAR_ARRAYS)
     )
 
 
@@ -273,83 +300,24 @@ def _are_equal(a: NDArray[np.generic] | None, b: NDArray[np.generic] | None) -> 
     return a is b if a is None or b is None else np.array_equal(a, b)
 
 
-def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[list[int], dict[int, int]]:
-    """Returns the rows to read, and a mapping of the unchanged rows to their rows in the old index."""
+def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The old row of each row that has not changed, or -1, [N]; and the rows to read."""
     n = len(found.rows)
+    known = np.full(n, -1)
+    if found.in_tars is not None:
+        known = found.in_tars.known
+        return known, np.flatnonzero((known < 0) & (found.in_tars.state < State.EMPTY))
     if old is None or old.head.stamp != found.stamp or (found.stamp and len(old) != n):
-        return list(range(n)), {}
+        return known, np.arange(n)
     where = {old.name(row): row for row in range(len(old))} if not found.stamp else {}
-    new, known = [], {}
     for row in range(n):
         name, state = found.files[row], found.stats[row]
         before = row if found.stamp else where.get(name)
-        if before is not None and (not name or (state is not None and _is_settled(old, before, state))):
+        if before is not None and (not name or (state is not None and is_settled(old, before, times(state)))):
             known[row] = before
-        else:
-            new.append(row)
-    return new, known
+    return known, np.flatnonzero(known < 0)
 
 
-def _is_settled(old: ImageIndex, row: int, state: os.stat_result) -> bool:
-    return old.is_same(row, state) and state.st_mtime_ns < old.head.written - SETTLED
-
-
-def _times(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-# --- one image ---
-
-
-@dataclass(frozen=True)
-class _Facts:
-    state: State
-    sides: tuple[int, int] = (0, 0)
-    alpha: bool = False
-    file: tuple[int, int, int] = (0, 0, 0)
-    sha256: bytes = bytes(32)
-
-
-def _read_all(rows: ImageRows, wanted: Sequence[int], flatten: bool) -> Iterator[tuple[int, _Facts]]:
-    """Yields each of these rows with its facts. Files are read by several threads."""
-    if not isinstance(rows, FileRows):
-        yield from ((row, _facts(rows, flatten, row)) for row in wanted)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(wanted), CHUNK):
-            tasks = [wanted[i : i + TASK] for i in range(start, min(start + CHUNK, len(wanted)), TASK)]
-            for task, facts in zip(tasks, pool.map(partial(_task, rows, flatten), tasks), strict=True):
-                yield from zip(task, facts, strict=True)
-
-
-def _task(rows: ImageRows, flatten: bool, part: Sequence[int]) -> list[_Facts]:
-    return [_facts(rows, flatten, row) for row in part]
-
-
-def _facts(rows: ImageRows, flatten: bool, row: int) -> _Facts:
-    try:
-        found = rows.read(row)
-    except OSError as error:
-        known = {errno.ENOENT: State.MISSING, errno.ENOTDIR: State.MISSING, errno.ELOOP: State.MISSING}
-        known |= {errno.EACCES: State.DENIED, errno.EPERM: State.DENIED}
-        return _Facts(known.get(error.errno or 0, State.UNREAD))
-    if found is None:
-        return _Facts(State.EMPTY)
-    facts = _of_bytes(found.content, flatten)
-    file = _times(found.file) if found.file is not None else (0, 0, 0)
-    return replace(facts, file=file, sha256=hashlib.sha256(found.content).digest())
-
-
-def _of_bytes(content: bytes, flatten: bool) -> _Facts:
-    try:
-        head = header(content)
-        facts = _Facts(State.FINE, (head.height, head.width), head.alpha)
-        if head.alpha and not flatten and is_transparent(content):
-            return replace(facts, state=State.TRANSPARENT)
-        if head.decoded:
-            decode(content, "", (1, 1), 3, (0, 0, 0))
-    except InputError:
-        return replace(facts, state=State.OUT_OF_RANGE)
-    except UNREADABLE:
-        return _Facts(State.BROKEN)
-    return facts
+def is_settled(old: ImageIndex, row: int, state: tuple[int, int, int]) -> bool:
+    """Whether the file of a row is as it was when it was read. state: its size, mtime and ctime."""
+    return tuple(old.file[row].tolist()) == state and state[1] < old.head.written - SETTLED

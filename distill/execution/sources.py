@@ -28,7 +28,7 @@ from distill.spec.model import (
     CheckpointTeacher,
     EvaluateStage,
     HfData,
-    ImagesData,
+    ImageOptions,
     PairsStage,
     RunSpec,
     Stage,
@@ -75,7 +75,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     place = run.root if indexed else run.root.parent
     data = load_data(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
-    places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
+    places = {"data": spec.data.path if isinstance(spec.data, ImageOptions) else spec.data.kind}
     if (used := given.get("teacher")) is not None:
         places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
     teacher, weak = loaded.get("teacher"), loaded.get("weak")

@@ -16,6 +16,7 @@ from distill.spec.model import (
     FINE,
     OF_DATA,
     CheckpointTeacher,
+    DataSpec,
     EvaluateStage,
     GaussianTeacher,
     HfData,
@@ -26,6 +27,7 @@ from distill.spec.model import (
     PairsStage,
     RunSpec,
     Stage,
+    TarsData,
     TrainStage,
     is_path,
 )
@@ -53,6 +55,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run needs at least one stage"
     yield from teacher_mistakes(spec)
+    yield from data_mistakes(spec.data)
     yield from _launch(spec)
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
@@ -144,6 +147,12 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         )
 
 
+def data_mistakes(data: DataSpec) -> Iterator[str]:
+    """The mistakes in the spec's data that can be seen without reading it."""
+    if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
+        yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"
+
+
 def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[str]:
     """The mistakes in what a recipe declares: an unknown kind of student, a sampler that does not fit, and so on."""
     if recipe.kind is None:
@@ -228,6 +237,8 @@ def _has_classes(spec: RunSpec) -> bool:
     if isinstance(data, ImagesData):
         folder = Path(data.path)
         return not folder.is_dir() or imagefolder.has_classes(folder)
+    if isinstance(data, TarsData):
+        return data.label_key is not None or data.caption_key is not None
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
@@ -101,6 +101,43 @@ class ImagesData(ImageOptions):
     kind: Literal["images"]
 
 
+def _key_of(*plain: str) -> AfterValidator:
+    """The check of a key of tars: an ending, or a field of the JSON."""
+
+    def check(key: str) -> str:
+        if key not in plain and not (key.startswith("json.") and len(key) > len("json.")):
+            raise _other_form(f"{', '.join(plain)} or json.FIELD")
+        return key
+
+    return AfterValidator(check)
+
+
+class TarsData(ImageOptions):
+    """Tars as WebDataset writes them. A sample is one image, and files with the same name and other endings: .txt
+    (caption), .cls (class id), .json (fields). `path` is a .tar file, a folder of them, or a pattern like
+    shards/{00000..00127}.tar; images are read inside the tars, which must not be compressed."""
+
+    kind: Literal["tars"]
+    caption_key: Annotated[str, _key_of("txt")] | None = None
+    """where captions are: txt, or json.FIELD for a field of the JSON; null: no captions"""
+    label_key: Annotated[str, _key_of("cls")] | None = None
+    """where class ids are: cls, or json.FIELD for a field of the JSON; null: no classes"""
+
+    @property
+    def pattern(self) -> str | None:
+        """The part of the path from the first folder or file with braces; None: there are no braces."""
+        folder, brace, rest = self.path.partition("{")
+        return None if not brace or Path(self.path).exists() else folder.rpartition("/")[2] + brace + rest
+
+    @property
+    def folder(self) -> str:
+        """The folder that contains the tars, or whose sub-folders do."""
+        if self.pattern is not None:
+            above = self.path.removesuffix(self.pattern)
+            return above if above in ("", "/") else above.rstrip("/")
+        return str(Path(self.path).parent) if Path(self.path).is_file() else self.path
+
+
 class HfData(ImageOptions):
     """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
 
@@ -120,4 +157,4 @@ class HfData(ImageOptions):
         return not Path(self.path).exists()
 
 
-DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]
+DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | TarsData | HfData, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.text import expanded, is_text, printable, short
 from distill.spec import overrides, schema
-from distill.spec.model import CheckpointTeacher, HfData, ImagesData, RunSpec, Stage, TrainStage
+from distill.spec.model import CheckpointTeacher, ImageOptions, RunSpec, Stage, TarsData, TrainStage
 from distill.spec.overrides import Override
 
 MOST_SHOWN = 20  # mistakes that one message lists
@@ -159,7 +159,10 @@ def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
         paths = spec.teacher.model_dump(include=named, exclude_none=True)
         update = {name: absolute(path, folders) for name, path in paths.items()}
         changed["teacher"] = spec.teacher.model_copy(update=update)
-    if isinstance(spec.data, ImagesData | HfData):
+    if isinstance(spec.data, TarsData) and (pattern := spec.data.pattern) is not None:
+        path = f"{absolute(spec.data.folder or '.', folders).rstrip('/')}/{pattern}"
+        changed["data"] = spec.data.model_copy(update={"path": path})
+    elif isinstance(spec.data, ImageOptions):
         changed["data"] = spec.data.model_copy(update={"path": absolute(spec.data.path, folders)})
     changed["stages"] = {name: _located_stage(stage, folders) for name, stage in spec.stages.items()}
     return spec.model_copy(update=changed)

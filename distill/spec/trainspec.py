@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from distill.spec.model import (
-    HfData,
-    ImagesData,
+    ImageOptions,
     MlpSpec,
     RunSpec,
     TrainStage,
@@ -29,7 +28,7 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
         yield f"{where}: the stage's dropout has no effect on a new network; remove it, or set network.dropout"
     spec, vectors = found.spec, found.has_exact_teacher(stage)
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
-    if isinstance(spec.data, ImagesData | HfData):
+    if isinstance(spec.data, ImageOptions):
         sides = list(dict.fromkeys(spec.data.height_width))
     if (size := parameters(network)) > MAX_PARAMETERS:
         yield f"{where}: about {size:,} parameters, more than the maximum of {MAX_PARAMETERS:,}; make it smaller"
