@@ -161,6 +161,10 @@ class Batch:
             pairs = Pairs(function(pairs.noise), function(pairs.data), states, times)
         return Batch(optional(self.data), pairs, cond, data_cond)
 
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory. Tensors that repeat memory, such as expanded ones, cannot be pinned and stay."""
+        return self.map(lambda tensor: tensor.pin_memory() if tensor.is_contiguous() else tensor)
+
 
 @runtime_checkable
 class Source(Protocol):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
@@ -51,6 +52,7 @@ class ImageData:
             damaged |= index.labels < 0
         self._readable: NDArray[np.int64] = np.flatnonzero(~damaged)
         self._damaged = set(np.flatnonzero(damaged).tolist())
+        self.skipped: list[int] = []
         self.unreadable = [self._shown(row) for row in sorted(self._damaged)]
         self._labels = None if self.num_classes is None else torch.from_numpy(index.labels)
         self.digest = _digest(index, options, self._background)
@@ -80,12 +82,19 @@ class ImageData:
             except (InputError, RunError):
                 raise
             except UNREADABLE:
-                self._damaged.add(row)
-                self.unreadable.append(self._shown(row))
-                self._report()
+                self.skip([row])
             else:
                 return row, self._sample(pixels, row, epoch)
         raise AssertionError("_report refuses a set without readable images")
+
+    def skip(self, rows: Sequence[int]) -> None:
+        """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""
+        new = [row for row in rows if row not in self._damaged]
+        self._damaged.update(new)
+        self.skipped += new
+        self.unreadable += [self._shown(row) for row in new]
+        if new:
+            self._report()
 
     def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> Tensor:
         """Crops and flips pixels [C, H, W] that just cover a sample, and scales them to [-1, 1]."""
@@ -107,7 +116,8 @@ class ImageData:
         pixels = decode(
             self._encoded(row), self._rows.name(row), options.height_width, options.channels, self._background
         )
-        if self._kept_bytes + pixels.nbytes <= KEEP_BYTES:
+        worker = get_worker_info()  # the workers of a process share its limit
+        if self._kept_bytes + pixels.nbytes <= KEEP_BYTES // (1 if worker is None else worker.num_workers):
             self._kept[row] = pixels
             self._kept_bytes += pixels.nbytes
         return pixels
@@ -184,7 +194,8 @@ class ImageData:
         count = f"{self.name}: {found} of {len(self._index)} images {problem}"
         if found > limit or found == len(self._index):
             raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
-        printing.warn(f"{count} and are skipped: {names}")
+        if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
+            printing.warn(f"{count} and are skipped: {names}")
 
 
 _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]

@@ -52,6 +52,18 @@ class ShardedData(Protocol):
     def shards(self) -> Sequence[Sequence[range]]: ...  # the items of each shard, for each bucket
 
 
+@runtime_checkable
+class Skipping(Protocol):
+    """A data set that skips items which turn out to be unreadable when they are used, and warns about them.
+
+    Worker processes have copies of it, which do not warn. What a copy has found is passed to `skip` of the original.
+    """
+
+    @property
+    def skipped(self) -> Sequence[int]: ...  # rows that were found since the data set was loaded, in this order
+    def skip(self, rows: Sequence[int]) -> None: ...  # warns about new ones; InputError if there are too many
+
+
 class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 

@@ -3,7 +3,10 @@
 import torch
 
 from distill.core.errors import InputError
+from distill.launch import environment
 from distill.spec.model import LaunchSpec
+
+MOST_WORKERS = 8  # processes that read data, unless the spec says how many
 
 
 def place(launch: LaunchSpec) -> torch.device:
@@ -26,3 +29,12 @@ def place(launch: LaunchSpec) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device("cuda")
+
+
+def workers(launch: LaunchSpec, device: torch.device) -> int:
+    """The number of processes that prepare batches for this process, which trains on `device`; see LaunchSpec."""
+    if launch.workers is not None:
+        return launch.workers
+    if device.type == "cpu":
+        return 0
+    return min(MOST_WORKERS, environment.cpus_of_process(launch.procs) - 1)

@@ -15,7 +15,7 @@ from distill.data import DataSet
 from distill.data.encoded import codec_of
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
-from distill.execution import batches, preflight, sources
+from distill.execution import batches, devices, preflight, sources
 from distill.execution.work import Work
 from distill.flow.fields import Counted
 from distill.networks.adapters import as_trained, merged
@@ -29,7 +29,7 @@ from distill.students import loaded
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
-from distill.training import checkpoint, engine, memory, micro_batch
+from distill.training import checkpoint, engine, loading, memory, micro_batch
 from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
 
@@ -131,30 +131,33 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
-    if training.data is not None:
-        codec = codec_of(training.data, training.init.codec)
-        source = batches.EncodedBatches.of(source, codec, work.device)
-    size = _micro_batch(work, stage, training, source)
-    with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
-        result = engine.train(
-            training.recipe,
-            training.init,
-            source,
-            stage,
-            seed=work.seed,
-            device=work.device,
-            micro_batch=size,
-            paths=work.run.stage(work.name),
-            progress=progress,
-            stop=work.stop,
-            run=work.run if work.world.first else None,
-            inputs={**training.inputs, **digests},
-            world=work.world,
-            sharding=sharding,
-            teacher=None if training.teacher is None else training.teacher.network,
-            recompute=launch.activation_checkpointing,
-            probe=None if probe is None else partial(_measure, probe, progress, stage),
-        )
+    share = work.world.rows(stage.batch_size, stage.batch_size // work.world.size)[0]
+    pinned, workers = work.device.type == "cuda", devices.workers(launch, work.device)
+    with loading.opened(source, workers, share, data=training.data, pinned=pinned) as read:
+        source = read
+        if training.data is not None:
+            source = batches.EncodedBatches.of(read, codec_of(training.data, training.init.codec), work.device)
+        size = _micro_batch(work, stage, training, source)
+        with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
+            result = engine.train(
+                training.recipe,
+                training.init,
+                source,
+                stage,
+                seed=work.seed,
+                device=work.device,
+                micro_batch=size,
+                paths=work.run.stage(work.name),
+                progress=progress,
+                stop=work.stop,
+                run=work.run if work.world.first else None,
+                inputs={**training.inputs, **digests},
+                world=work.world,
+                sharding=sharding,
+                teacher=None if training.teacher is None else training.teacher.network,
+                recompute=launch.activation_checkpointing,
+                probe=None if probe is None else partial(_measure, probe, progress, stage),
+            )
     if probe:
         rows = 0 if training.calls is None else training.calls.rows
         report = {**probe.report(work.world.rank), "teacher_rows": rows}

@@ -75,6 +75,15 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
+def cpus_of_process(procs: int) -> int:
+    """Number of CPUs for this process, at least 1, if `procs` processes of this machine share those they may use.
+
+    Slurm reserves CPUs for each process if the job asks for a number per task.
+    """
+    reserved = whole_number(os.environ.get("SLURM_CPUS_PER_TASK", ""))
+    return max(1, min(reserved, cpus()) if reserved else cpus() // procs)
+
+
 def thread_variables(threads: int) -> dict[str, str]:
     """Environment variables for a process with this number of CPU threads.
 

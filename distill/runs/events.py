@@ -69,7 +69,11 @@ class StageDoneEvent(_TimedEvent):
 
 @MORE
 class ProgressEvent(_TimedEvent):
-    """The progress of a stage. logs: means of its logged numbers since the last progress event."""
+    """The progress of a stage.
+
+    logs: means of its logged numbers since the last progress event. waiting: the share of the time since then in which
+    training waited for data.
+    """
 
     event: Literal["progress"]
     label: Line
@@ -77,6 +81,7 @@ class ProgressEvent(_TimedEvent):
     unit: NotRequired[Line]
     total: NotRequired[Count]
     per_second: NotRequired[Rate]
+    waiting: NotRequired[Annotated[float, Field(ge=0, le=1)]]
     logs: NotRequired[Logs]
 
 

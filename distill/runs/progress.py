@@ -14,6 +14,7 @@ from distill.core.text import printable
 from distill.runs.run_store import RunPaths, append_event
 
 EVENT_SECONDS = 5.0
+SHOWN_SHARE = 0.01  # the line shows how much time was spent waiting for data if it is at least this share
 
 
 @runtime_checkable
@@ -114,6 +115,7 @@ class Progress:
 
     def _begin(self, done: int) -> None:
         self._from = self.done = self._event_done = self._line_done = done
+        self._line_waited = self._event_waited = 0.0
         self._started = self._line_time = self._event_time = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -133,6 +135,11 @@ class Progress:
     def start(self, done: int) -> None:
         """Begin at `done`. Work of earlier processes counts neither for the rate nor for the remaining time."""
         self._begin(done)
+
+    def waited(self, seconds: float) -> None:
+        """Report that the work waited this long for data, before the `update` of the same step."""
+        self._line_waited += seconds
+        self._event_waited += seconds
 
     def update(self, done: int, logs: Mapping[str, float]) -> None:
         """Report that `done` of `total` are done. logs: the numbers of this step. Cheap enough for every step."""
@@ -165,16 +172,25 @@ class Progress:
         return (self.done - self._from) / max(time.monotonic() - self._started, 1e-9)
 
     def _line(self) -> None:
-        self._line_time, self._line_done = time.monotonic(), self.done
+        now, waited = time.monotonic(), self._line_waited
+        share = _share(waited, now - self._line_time)
+        self._line_time, self._line_done, self._line_waited = now, self.done, 0.0
         rate = self.rate
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         parts = [f"{self.done:,}/{self.total:,} {self.unit}", f"{rate:,.{0 if rate >= 100 else 1}f} {self.unit}/s"]
-        parts += [f"ETA {left}", *(f"{name} {value:.4g}" for name, value in self._line_means.take().items())]
+        parts += [f"ETA {left}", *([f"data {100 * share:.0f} %"] if share >= SHOWN_SHARE else [])]
+        parts += [*(f"{name} {value:.4g}" for name, value in self._line_means.take().items())]
         self._sink.show(self.done, "  ".join(parts))
 
     def _event(self) -> None:
-        self._event_time, self._event_done = time.monotonic(), self.done
+        now, waited = time.monotonic(), self._event_waited
+        share = {"waiting": round(_share(waited, now - self._event_time), 3)} if waited else {}
+        self._event_time, self._event_done, self._event_waited = now, self.done, 0.0
         logs = self._event_means.take()
         if self.run is not None:
             counts = {"unit": self.unit, "done": self.done, "total": self.total, "per_second": round(self.rate, 3)}
-            append_event(self.run, "progress", label=self.label, **counts, logs=logs)
+            append_event(self.run, "progress", label=self.label, **counts, **share, logs=logs)
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / max(whole, 1e-9))

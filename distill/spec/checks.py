@@ -310,7 +310,8 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: has no effect with one process; remove it"
-    for name in ("nodes", "procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
+    training = ("nodes", "procs", "workers", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch")
+    for name in training:
         if name in given and not trains:
             yield f"launch.{name}: {given[name]} given, but it applies to training, and no stage trains; remove it"
 

@@ -276,6 +276,9 @@ class LaunchSpec(FrozenModel):
     micro_batch: Samples | Literal["auto"] | None = None
     """samples per forward pass of a process, with gradient accumulation up to its part of batch_size; null: that part
     in one pass; auto: as many as fit into memory, found by trying when training begins"""
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """worker processes per training process, which read and decode the next batches; the values do not depend on it; 0:
+    none; null: with a GPU, one for each free CPU of the process, at most 8; on the CPU none, since training uses it"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None

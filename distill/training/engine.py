@@ -24,6 +24,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import Checkpoints
+from distill.training.loading import TimedSource
 from distill.training.optimizer import learning_rate
 from distill.training.plain import PLAIN
 from distill.training.roles import Roles
@@ -146,15 +147,16 @@ def _loop(
     probe: Callable[[Roles], None] | None,
 ) -> tuple[int, int]:
     """Train from `step`, after `images` images, to `stage.images`. Returns both at the end, where they are saved."""
-    world, batch_size = roles.world, stage.batch_size
+    world, batch_size, timed = roles.world, stage.batch_size, TimedSource(source)
     while images < stage.images:
         moved = step_once(
-            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
+            recipe, roles, timed, stage, seed=seed, step=step, images=images, slices=slices, device=device,
             probe=probe, last_good=saver.last_good,
         )  # fmt: skip
         step += 1
         if "student" in moved:
             images += batch_size
+        progress.waited(timed.take())
         progress.update(images, _named(moved))
         saver.look()
         stopped, due = world.meet(f"after step {step}", stop.signal is not None, saver.checkpoints.due(images))
