@@ -14,7 +14,7 @@ from distill.core.text import printable
 from distill.runs.run_store import RunPaths, append_event
 
 EVENT_SECONDS = 5.0
-SHOWN_SHARE = 0.01  # the line shows how much time was spent waiting for data if it is at least this share
+SHOWN_SHARE = 0.03  # the line shows how much time was spent waiting for data if it is at least this share
 
 
 @runtime_checkable

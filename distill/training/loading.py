@@ -35,7 +35,7 @@ from distill.protocols import Batch, Source
 AHEAD = 2  # micro-batches that each worker prepares in advance
 WATCH = 1.0  # seconds between two looks whether the main process still exists
 ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?")
-Key = tuple[int, Rows]  # step, rows
+StepRows = tuple[int, Rows]  # step, rows
 
 
 @contextmanager
@@ -102,8 +102,8 @@ class Loader:
 
     def __init__(self, source: Source, workers: int, share: Rows, data: DataSet | None, *, pinned: bool) -> None:
         self.source, self.workers, self.share, self.data, self.pinned = source, workers, share, data, pinned
-        self._expected: Iterator[Key] = iter(())
-        self._next: Key | None = None
+        self._expected: Iterator[StepRows] = iter(())
+        self._next: StepRows | None = None
         self._deliveries: Any = None  # the iterator of a DataLoader
 
     def batch(self, step: int, rows: Rows) -> Batch:
@@ -169,7 +169,7 @@ def _is_part(rows: Rows, share: Rows) -> bool:
     return inside and whole % size == 0 and (rows.start - share.start) % size == 0
 
 
-def _keys(step: int, rows: Rows, share: Rows) -> Iterator[Key]:
+def _keys(step: int, rows: Rows, share: Rows) -> Iterator[StepRows]:
     """The micro-batches of `share`, step by step, from `rows` of `step` on, without end."""
     size, start = rows.stop - rows.start, rows.start
     while True:
@@ -186,7 +186,7 @@ class _Batches:
     source: Source
     data: DataSet | None
 
-    def __getitem__(self, key: Key) -> Delivery:
+    def __getitem__(self, key: StepRows) -> Delivery:
         known = len(self.data.skipped) if isinstance(self.data, Skipping) else 0
         batch, failed = None, None
         with warnings.catch_warnings(record=True) as heard:
