@@ -487,7 +487,8 @@ def test_progress_says_losses_and_rate(tmp_path, capsys):
     train(tmp_path)
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"[\d-]+ [\d:]+  train  128/128 images  [\d,.]+ images/s  ETA 0:00  (data \d+ %  )?loss \S+  error_max \S+  grad_norm \S+",
+        r"[\d-]+ [\d:]+  train  128/128 images  [\d,.]+ images/s  ETA 0:00  (data \d+ %  )?"
+        r"loss \S+  error_max \S+  grad_norm \S+",
         line,
     )
     events = [e for e in read_events(RunPaths(tmp_path)) if e["event"] == "progress"]
