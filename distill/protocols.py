@@ -73,11 +73,14 @@ class Codec(Protocol):
     def is_identity(self) -> bool: ...
     @property
     def digest(self) -> str: ...  # SHA-256 over configuration and weights; "" for the identity
+    @property
+    def has_spread(self) -> bool: ...  # whether an image has a distribution of latents, see `moments`
     def scaling(self) -> LatentScaling: ...  # from what the autoencoder returns; does not load the autoencoder
     def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]: ...  # of one encoded sample
     def pixels(self, shape: tuple[int, ...]) -> tuple[int, ...]: ...  # shape of one decoded sample
     def together(self, shape: tuple[int, ...]) -> int: ...  # encoded samples of this shape to decode at once, at most
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    def encode(self, pixels: Tensor) -> Tensor: ...  # the mean, if an image has a distribution of latents
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...  # mean and log variance, only if `has_spread`
     def decode(self, latents: Tensor) -> Tensor: ...
 
 

@@ -242,7 +242,7 @@ def test_samples_are_converted_in_blocks(folder, monkeypatch):
     codec = load(folder).codec
     latents, sizes = codec.encode(PIXELS), []
     decoded = codec.decode(latents)
-    vae = codec._read[0]
+    vae = codec._read
     vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     assert codec.together((4, 8, 8)) == (64 << 20) // (3 * 16 * 16 * 4)

@@ -17,6 +17,7 @@ class Pixels:
     """The identity: samples are pixels."""
 
     is_identity: bool = True
+    has_spread: bool = False
     digest: str = ""
 
     def scaling(self) -> "LatentScaling":
@@ -33,6 +34,9 @@ class Pixels:
 
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        raise ValueError("pixels have no distribution of latents")
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
@@ -79,6 +83,11 @@ class LatentScaling:
         z = nn.functional.pixel_unshuffle(z, 2) if self.patches else z  # channels, then the rows and columns of a patch
         shift, scale = self._like(z)
         return (z - shift) * scale
+
+    def log_variance(self, of_z: Tensor) -> Tensor:
+        """The logarithm of the variance of the scaled latents, from that of z."""
+        of_z = nn.functional.pixel_unshuffle(of_z, 2) if self.patches else of_z
+        return of_z + 2 * self._like(of_z)[1].abs().log()
 
     def inverse(self, latents: Tensor) -> Tensor:
         shift, scale = self._like(latents)

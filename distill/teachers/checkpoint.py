@@ -25,8 +25,8 @@ from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files, lora, schedulers, single_file, weights
-from distill.teachers.conditions import ConditionFile
+from distill.teachers import encoder_files, files, lora, schedulers, single_file, weights
+from distill.teachers.conditions import ConditionFile, encoder_of
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention, sides_of_patch
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
@@ -64,6 +64,8 @@ class TeacherCheckpoint:
 
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
     """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
+    if probe and spec.conditions is not None:
+        encoder_files.refuse_other(spec, encoder_of(Path(spec.conditions)))
     found = read(spec, device, "velocity")
     field, convention = field_of(spec, found.network, found.schedule, found.call), found.architecture
     if probe:

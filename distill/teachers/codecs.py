@@ -40,6 +40,7 @@ class Kind:
     frames: whether it takes videos [B, C, F, H, W]. single: it does, but the network works on single frames.
     patches: 2x2 patches become channels, which are normalised by the batch norm of the autoencoder.
     quantized: latents are rounded to the entries of its codebook when they are decoded.
+    spread: whether it returns a distribution of latents, and not only one z.
     """
 
     levels: str = "block_out_channels"
@@ -49,6 +50,7 @@ class Kind:
     single: bool = False
     patches: bool = False
     quantized: bool = False
+    spread: bool = True
 
 
 def _ltx(config: Config) -> tuple[int, int]:
@@ -64,13 +66,13 @@ def _wan(config: Config) -> tuple[int, int]:
 
 
 KINDS: Mapping[str, Kind] = {
-    "AutoencoderDC": Kind(levels="encoder_block_out_channels"),
+    "AutoencoderDC": Kind(levels="encoder_block_out_channels", spread=False),
     "AutoencoderKL": Kind(),
     "AutoencoderKLFlux2": Kind(patches=True),
     "AutoencoderKLLTXVideo": Kind(factors=_ltx, per_channel=True, frames=True),
     "AutoencoderKLQwenImage": Kind(factors=_wan, per_channel=True, frames=True, single=True),
     "AutoencoderKLWan": Kind(factors=_wan, per_channel=True, frames=True),
-    "VQModel": Kind(quantized=True),
+    "VQModel": Kind(quantized=True, spread=False),
 }
 
 
@@ -132,9 +134,14 @@ class LatentCodec:
         return False
 
     @property
+    def has_spread(self) -> bool:
+        return self.kind.spread
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over configuration and weights, which are read if they have not been read before."""
-        identity = {"config": lasting(self.config), "weights": self._read[1]}
+        """SHA-256 over configuration and weights. The files are read, but the autoencoder is not loaded."""
+        digests = [weights.digest_of(path) for path in self._paths]
+        identity = {"config": lasting(self.config), "weights": digests}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -150,7 +157,18 @@ class LatentCodec:
         return (channels * (4 if self.kind.patches else 1), *latent_size(pixels[1:], self.factors, str(self.folder)))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return _in_blocks(self._encoded, pixels, together(pixels.shape[1:]))
+        return _in_blocks(lambda part: self.scaling()(self._encoded(part)[0]), pixels, together(pixels.shape[1:]))
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents of pixels [B, ...], as the network takes them."""
+
+        def convert(part: Tensor) -> Tensor:
+            mean, spread = self._encoded(part)
+            assert spread is not None, "only for codecs with `has_spread`"
+            return torch.stack([self.scaling()(mean), self.scaling().log_variance(spread)], dim=1)
+
+        mean, log_variance = _in_blocks(convert, pixels, together(pixels.shape[1:])).unbind(1)
+        return mean, log_variance
 
     def decode(self, latents: Tensor) -> Tensor:
         return _in_blocks(self._decoded, latents, self.together(latents.shape[1:]))
@@ -161,15 +179,17 @@ class LatentCodec:
     def together(self, shape: tuple[int, ...]) -> int:
         return together(self.pixels(shape))
 
-    def _encoded(self, pixels: Tensor) -> Tensor:
+    def _encoded(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents as the autoencoder returns them, the mean if they have a distribution, and their log variance."""
         vae, kind = self._vae(pixels.device), self.kind
         x = pixels.float()
         encoded: Any = vae.encode(x[:, :, None] if kind.frames and x.ndim == 4 else x)
         if kind.quantized:
-            z = encoded.latents
-        else:
-            z = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
-        return self.scaling()(z[:, :, 0] if kind.single else z)
+            return encoded.latents, None
+        if not kind.spread:
+            return encoded.latent, None
+        mean, log_variance = encoded.latent_dist.mean, encoded.latent_dist.logvar
+        return (mean[:, :, 0], log_variance[:, :, 0]) if kind.single else (mean, log_variance)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         vae, kind = self._vae(latents.device), self.kind
@@ -229,13 +249,13 @@ class LatentCodec:
         return files.weights(self.folder, self.variant, optional=True)
 
     @cached_property
-    def _read(self) -> tuple[nn.Module, list[str]]:
-        """The autoencoder, and the SHA-256 of each of its files."""
-        vae, digests = weights.network(self.folder, self.config, self._class, self._paths)
-        return vae.eval().requires_grad_(False), digests
+    def _read(self) -> nn.Module:
+        """The autoencoder."""
+        vae, _ = weights.network(self.folder, self.config, self._class, self._paths)
+        return vae.eval().requires_grad_(False)
 
     def _vae(self, device: torch.device) -> nn.Module:
-        return self._read[0].to(device)
+        return self._read.to(device)
 
 
 @torch.no_grad()

@@ -1,17 +1,19 @@
 """Files with conditions that were computed beforehand, such as embeddings of prompts.
 
 Such a file is a safetensors file. A tensor FIELD [N, ...] has one row for each of N conditions, and null.FIELD [1, ...]
-is the row of the unconditional call. Its names are those of the network's arguments.
+is the row of the unconditional call. Its names are those of the network's arguments. Its metadata may name the digest
+of the text encoders that computed them.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from distill.core.errors import InputError
 from distill.flow.conditioning import ConditionRows, HeldRows
 from distill.teachers.read import short, unreadable
 
+ENCODER = "distill.encoder"  # name of the digest of the text encoders in the metadata
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
 
 
@@ -36,13 +39,15 @@ class Wanted(Protocol):
 class ConditionFile:
     """The content of a file with conditions.
 
-    null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file.
+    null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file. encoder: digest of the text
+    encoders that computed the rows, see `encoder_files`; None: not known.
     """
 
     path: Path
     rows: ConditionRows
     null_rows: Mapping[str, Tensor] | None
     digest: str
+    encoder: str | None = None
 
     def check(self, fields: Mapping[str, Wanted], optional: Mapping[str, Tensor]) -> None:
         """InputError unless the file has these fields, in these shapes. optional: fields that have another source.
@@ -93,6 +98,8 @@ def read(path: Path) -> ConditionFile:
         raise InputError(f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`")
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            encoder = _encoder_in(path, file.metadata())
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -111,11 +118,36 @@ def read(path: Path) -> ConditionFile:
     for name, each in tensors.items():
         if each.is_floating_point() and not each.isfinite().all():
             raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
-    return ConditionFile(path, HeldRows(rows), null or None, digest)
+    return ConditionFile(path, HeldRows(rows), null or None, digest, encoder)
 
 
-def write(path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None) -> None:
-    """Writes a file with conditions. RunError if it cannot be written; an existing file is replaced."""
+def encoder_of(path: Path) -> str | None:
+    """The digest of the text encoders that made a file with conditions; None if it is not known.
+
+    It is also None if the file cannot be read, which `read` reports.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _encoder_in(path, file.metadata())
+    except (OSError, SafetensorError):
+        return None
+
+
+def _encoder_in(path: Path, metadata: Mapping[str, str] | None) -> str | None:
+    """The digest of the text encoders in the metadata of a file; None if there is none."""
+    found = (metadata or {}).get(ENCODER)
+    if found is not None and not re.fullmatch("[0-9a-f]{64}", found):
+        raise InputError(f"{path}: its metadata has {ENCODER}={short(found)}, which is no SHA-256; make it again")
+    return found
+
+
+def write(
+    path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None, encoder: str | None = None
+) -> None:
+    """Writes a file with conditions. RunError if it cannot be written; an existing file is replaced.
+
+    encoder: digest of the text encoders.
+    """
     tensors = {name: each.detach().cpu().contiguous() for name, each in rows.items()}
     tensors |= {NULL + name: each.detach().cpu().contiguous() for name, each in (null_rows or {}).items()}
-    write_atomic(path, save(tensors))
+    write_atomic(path, save(tensors, {ENCODER: encoder} if encoder else None))
