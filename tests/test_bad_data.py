@@ -1,31 +1,42 @@
 """Data that cannot be used: one message that says what was given, what is valid and what to do.
 
 To add a case, add a line to CASES: a function that writes files into the current folder, the section `data` of a spec,
-and the message. {tmp} is replaced by the current folder.
+and the message. {tmp} is replaced by the current folder, and {set} by its folder `set`.
 """
 
 import gzip
+import io
+import json
 import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
 import pytest
+from PIL import Image
+from pyarrow import parquet
 from test_tars import GOOD, LAST, sample, write
 
 from distill import data
 from distill.core.errors import InputError
-from distill.spec import checks, specfile
+from distill.spec import dataspec, specfile
 
 
 def refusal(section: dict[str, object]) -> str:
     """The message about a section `data` of a spec."""
     with pytest.raises(InputError) as caught:
         spec = specfile.located(specfile.validate({"name": "x", "stages": {}, "data": section}, "spec"), [Path.cwd()])
-        if mistakes := list(checks.data_mistakes(spec.data)):
+        if mistakes := list(dataspec.mistakes(spec.data)):
             raise InputError(specfile.join("spec", mistakes))
         data.load_data(spec.data, 0)
     return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def nothing() -> None: ...
@@ -186,9 +197,219 @@ CASES = {
 }
 
 
+# --- captions, splits and prompts ---
+
+Files = dict[str, str | bytes | None]  # by name; None: an image
+Case = tuple[Callable[[], object], dict[str, object]]
+
+
+def written(root: Path, files: Files) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            Image.new("RGB", (4, 4), (len(name), 0, 0)).save(path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def images(files: Files, **fields: object) -> Case:
+    return lambda: written(Path("set"), files), {"kind": "images", "path": "set", "size": 4, **fields}
+
+
+def captioned(files: Files, **fields: object) -> Case:
+    return images(files, captions=True, **fields)
+
+
+def metadata(*rows: object, **files: object) -> Case:
+    lines = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    return captioned({"a.png": None, "b/c.png": None, "metadata.jsonl": lines, **files})
+
+
+def table(columns: dict[str, object], **fields: object) -> Case:
+    """A parquet file with as many images as there are values in the columns."""
+
+    def make() -> None:
+        count = len(next(iter(columns.values())))
+        encoded = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(encoded, "PNG")
+        rows = [{"bytes": encoded.getvalue(), "path": None}] * count
+        parquet.write_table(pa.table({"image": rows, **columns}), "set.parquet")
+
+    return make, {"kind": "hf", "path": "set.parquet", "size": 4, **fields}
+
+
+BROKEN = pa.array([b"a", None, b" ", b"\xff"]).cast("string", safe=False)
+SPLITS: Files = {"train/x/1.png": None, "train/y/2.png": None, "val/x/3.png": None}
+TABLE = "{set}/metadata.jsonl"
+CAPTIONS = {
+    "captions that are not used": (
+        *images({"a.png": None, "a.txt": "a"}),
+        "data.path={set} has captions (a.txt); set data.captions=true to train on them, or give a folder with only "
+        "the images, in one sub-folder per class if there are classes",
+    ),
+    "no captions": (
+        *captioned({"a.png": None}),
+        "data.captions=true, but data.path={set} has no captions: no image has a file NAME.txt or NAME.caption beside "
+        "it, and there is no metadata.csv, metadata.jsonl or metadata.parquet; add captions, or remove data.captions",
+    ),
+    "captions and class labels": (
+        *captioned({"a.png": None, "a.txt": "a", "dataset.json": '{"labels": [["a.png", 0]]}'}),
+        "data.captions=true, but {set}/dataset.json has class labels; images have either captions or classes: remove "
+        "data.captions or that file",
+    ),
+    "a caption without an image": (
+        *captioned({"a.png": None, "a.txt": "a", "b/c.txt": "c"}),
+        "data.path={set}: 1 caption files have no image (b/c.txt); add the images, or remove these files",
+    ),
+    "two captions": (
+        *captioned({"a.png": None, "a.txt": "a", "a.caption": "a"}),
+        "data.path={set}: a.png has two captions, a.caption and a.txt; remove one of them",
+    ),
+    "a caption of two images": (
+        *captioned({"a.png": None, "a.bmp": None, "a.txt": "a"}),
+        "data.path={set}: the caption a.txt belongs to two images, a.bmp and a.png; rename one of them",
+    ),
+    "captions in a table and beside images": (
+        *captioned({"a.png": None, "a.txt": "a", "metadata.csv": "file_name,text\na.png,a\n"}),
+        "data.path={set} has captions both in metadata.csv and beside the images (a.txt); remove one of both",
+    ),
+    "two tables": (
+        *captioned({"a.png": None, "metadata.jsonl": "", "metadata.csv": ""}),
+        "data.path={set} has several tables of captions in one folder (metadata.csv, metadata.jsonl); remove all but "
+        "one",
+    ),
+    "images without captions": (
+        *captioned({"a.png": None, "b.png": None, "b.txt": "b"}),
+        "set: 1 of 2 images cannot be used: {set}/a.png (row 0): no caption; repair or remove them, or increase "
+        "data.max_unreadable (now 0)",
+    ),
+    "captions that are empty, not UTF-8, with control characters, long": (
+        *captioned(
+            {f"{i}.png": None for i in range(4)}
+            | {"0.txt": " \n", "1.txt": b"\xff\xfea\0", "2.txt": "a\x1b[2J", "3.txt": "a" * 70_000},
+            max_unreadable=3,
+        ),
+        "set: 4 of 4 images cannot be used: {set}/0.png (row 0): an empty caption, {set}/1.png (row 1): a caption "
+        "that is not UTF-8, {set}/2.png (row 2): a caption with control characters, {set}/3.png (row 3): a caption "
+        "of more than 65,536 characters; repair or remove them, or increase data.max_unreadable (now 3)",
+    ),
+    "a folder in place of a caption": (
+        *captioned({"a.png": None, "a.txt/b.png": None, "a.txt/b.txt": "b"}),
+        "set: 1 of 2 images cannot be used: {set}/a.png (row 0): no caption; repair or remove them, or increase "
+        "data.max_unreadable (now 0)",
+    ),
+    "a row of a missing image": (
+        *metadata({"file_name": "a.png", "text": "a"}, {"file_name": "c.png", "text": "c"}),
+        TABLE + ": 1 rows name files that are not among the images (c.png in line 2); correct the paths, which are "
+        "relative to the table, or add the images",
+    ),
+    "two rows of an image": (
+        *metadata({"file_name": "b/c.png", "text": "a"}, {"file_name": "./b/c.png", "text": "c"}),
+        TABLE + ", line 2: gives ./b/c.png a second caption, after line 1 of metadata.jsonl; remove one of both",
+    ),
+    "two tables of an image": (
+        *metadata(
+            {"file_name": "b/c.png", "text": "a"}, **{"b/metadata.jsonl": '{"file_name": "c.png", "text": "c"}\n'}
+        ),
+        TABLE + ", line 1: gives b/c.png a second caption, after line 1 of b/metadata.jsonl; remove one of both",
+    ),
+    "no file_name": (
+        *metadata({"image": "a.png", "text": "a"}),
+        TABLE + ": has no column 'file_name' with the paths of the images, only: image, text",
+    ),
+    "a row without file_name": (
+        *metadata({"file_name": "a.png", "text": "a"}, {"text": "a"}),
+        TABLE + ", line 2: has no 'file_name'; give the path of the image",
+    ),
+    "no column of captions": (
+        *metadata({"file_name": "a.png", "title": "a"}),
+        TABLE + ": has no column 'text' or 'caption' with the captions, only: file_name, title; rename one",
+    ),
+    "two columns of captions": (
+        *metadata({"file_name": "a.png", "text": "a", "caption": "a"}),
+        TABLE + ": has the columns 'text' and 'caption'; remove the one not to use",
+    ),
+    "another column of captions in a later row": (
+        *metadata({"file_name": "a.png", "text": "a"}, {"file_name": "b/c.png", "caption": "a"}),
+        TABLE + ", line 2: has 'caption', but earlier rows have 'text'; use one of both for all rows",
+    ),
+    "a caption that is no text": (
+        *metadata({"file_name": "a.png", "text": ["a", "b"]}),
+        TABLE + ", line 1: 'text' is of type list, but a caption must be a text",
+    ),
+    "a line that is not JSON": (
+        *metadata({"file_name": "a.png", "text": "a"}, '{"file_name": '),
+        TABLE + ", line 2: is not JSON (Expecting value: line 1 column 15 (char 14)); correct the line",
+    ),
+    "a line that is no object": (*metadata("[]"), TABLE + ', line 1: is not a JSON object, like {"text": ...}'),
+    "commas in a CSV file": (
+        *captioned({"a.png": None, "metadata.csv": "file_name,text\na.png,a cat, a dog\n"}),
+        "{set}/metadata.csv, line 2: has 3 values, but there are 2 columns; put values with commas in double quotes",
+    ),
+    "an open quote in a CSV file": (
+        *captioned({"a.png": None, "metadata.csv": 'file_name,text\na.png,"a cat\n'}),
+        "{set}/metadata.csv, line 2: is not CSV (unexpected end of data)",
+    ),
+    "a parquet file that is none": (
+        *captioned({"a.png": None, "metadata.parquet": "file_name"}),
+        "{set}/metadata.parquet cannot be read as parquet: Parquet magic bytes not found in footer. Either the file "
+        "is corrupted or this is not a parquet file.",
+    ),
+    "splits of which none is chosen": (
+        *images(SPLITS),
+        "data.path={set} contains the splits of a data set (train, val), which are not classes; choose one of them: "
+        "data.path={set} with data.split=train",
+    ),
+    "an unknown split": (
+        *images(SPLITS, split="tain"),
+        "data.split=tain: data.path={set} has no such folder; did you mean 'train'? valid: train, val",
+    ),
+    "a split where there are none": (
+        *images({"cat/1.png": None, "dog/2.png": None}, split="cat"),
+        "data.split=cat: data.path={set} has no folders that are splits, such as train and val; remove data.split",
+    ),
+    "a class that train does not have": (
+        *images({**SPLITS, "val/z/4.png": None}, split="val"),
+        "data.split=val: 1 class folders (z) are not in {set}/train, so their class ids are not known; rename or "
+        "remove them",
+    ),
+    "a split with a slash": (
+        *images(SPLITS, split="../x"),
+        "data.split=../x: data.path={set} has no such folder; valid: train, val",
+    ),
+    "an unknown caption column": (
+        *table({"text": ["a"]}, caption_column="texts"),
+        "data.caption_column=texts: no such column; did you mean 'text'? valid: image, text",
+    ),
+    "a caption column without texts": (
+        *table({"n": [1]}, caption_column="n"),
+        "data.caption_column=n contains Value('int64'); valid: columns of texts (string)",
+    ),
+    "captions and labels of a table": (
+        *table({"text": ["a"], "label": [0]}, caption_column="text", label_column="label"),
+        "spec: data: caption_column and label_column are both given; images have captions or classes, so remove one of "
+        "them",
+    ),
+    "rows without captions": (
+        *table({"text": BROKEN}, caption_column="text", max_unreadable=2),
+        "set: 3 of 4 images cannot be used: row 1: no caption, row 2: an empty caption, row 3: a caption that is "
+        "not UTF-8; repair or remove them, or increase data.max_unreadable (now 2)",
+    ),
+    "folders of kohya with captions": (
+        *captioned({"10_cat/1.png": None, "10_cat/1.txt": "a"}),
+        "data.path={set}: 10_cat are named like folders of kohya's trainers (REPEATS_NAME), whose numbers of repeats "
+        "are not applied; give one of these folders (data.path={set}/10_cat), or rename them to use each image once "
+        "per epoch",
+    ),
+}
+CASES |= CAPTIONS
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_data_is_refused_with_exactly_this_message(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     make, section, message = CASES[case]
     make()
-    assert refusal(section) == message.replace("{tmp}", str(tmp_path))
+    assert refusal(section) == message.replace("{tmp}", str(tmp_path)).replace("{set}", str(tmp_path / "set"))

@@ -130,8 +130,10 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
     said = refused(tmp_path)
     assert f"contains the splits of a data set ({', '.join(names[:2])}), which are not classes" in said
-    assert f"give one of them: data.path={tmp_path}/{names[0]}" in said
+    assert f"choose one of them: data.path={tmp_path} with data.split={names[0]}" in said
     assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
+    chosen = imagefolder.read(str(tmp_path), split=names[0])
+    assert (chosen.root, chosen.names, chosen.labels) == (tmp_path / names[0], ["a/1.png", "b/1.png"], [0, 1])
 
 
 def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_classes(tmp_path):
@@ -140,7 +142,23 @@ def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_c
     assert (
         f"data.path={tmp_path}/imagenet contains the splits of a data set (train, val), which are not classes" in said
     )
-    assert f"give one of them: data.path={tmp_path}/imagenet/train" in said
+    assert f"choose one of them: data.path={tmp_path}/imagenet with data.split=train" in said
+
+
+def test_classes_of_another_split_have_the_ids_of_train(tmp_path, capfd):
+    folder(tmp_path, "train/a/1.png", "train/b/1.png", "train/c/1.png", "val/b/1.png", "val/c/1.png", "val/c/2.png")
+    spec = ImagesData(kind="images", path=str(tmp_path), size=8, split="val")
+    loaded = data.load_data(spec, 0)
+    assert (loaded.name, len(loaded), loaded.num_classes) == (f"{tmp_path.name}-val", 3, 3)
+    images, labels, _ = loaded.items(0, [0, 1, 2])
+    assert labels.tolist() == [1, 2, 2]
+    assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [3, 4, 5]
+    assert capfd.readouterr().err == (
+        "warning: data.split=val has no images of 1 of the 3 classes of train (a); class ids are those of train\n"
+    )
+    whole = data.load_data(spec.model_copy(update={"split": "train"}), 0)
+    alone = data.load_data(ImagesData(kind="images", path=str(tmp_path / "train"), size=8), 0)
+    assert whole.digest == alone.digest != loaded.digest
 
 
 @pytest.mark.parametrize(
@@ -186,7 +204,7 @@ def test_folders_of_kohya_are_no_classes(tmp_path):
 )
 def test_captions_are_not_lost_in_silence(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"has captions ({shown}), which data of kind images does not support; give a folder" in said
+    assert f"has captions ({shown}); set data.captions=true to train on them, or give a folder with only" in said
 
 
 def test_a_text_that_belongs_to_no_image_is_no_caption(tmp_path):

@@ -137,5 +137,5 @@ def test_an_index_with_captions_is_read_as_it_was_written_unless_it_is_damaged(t
         assert index.read(path) is None, name
     save_file({name: value for name, value in arrays.items() if name != "prompts"}, path, metadata=head)
     assert index.read(path) is None
-    save_file({**arrays, "labels": np.array([0, -5, 1])}, path, metadata=head)
+    save_file({**arrays, "labels": np.array([0, -7, 1])}, path, metadata=head)
     assert index.read(path) is None

@@ -13,7 +13,7 @@ from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
 from distill.runs import todo
 from distill.runs.run_store import RunPaths
-from distill.spec import checks, schema, specfile
+from distill.spec import checks, dataspec, schema, specfile
 from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def data(given: str) -> DataSpec:
 def _part(content: dict[str, object]) -> RunSpec:
     """A validated spec with a teacher or data only. Its paths are relative to the current folder."""
     spec = specfile.located(specfile.validate({"name": "options", "stages": {}, **content}, "options"), [Path.cwd()])
-    mistakes = list(checks.teacher_mistakes(spec))
+    mistakes = [*checks.teacher_mistakes(spec), *dataspec.mistakes(spec.data)]
     if mistakes:
         raise InputError("\n  ".join(mistakes))
     return spec

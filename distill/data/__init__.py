@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distill.core import printing
 from distill.core.errors import RunError
-from distill.data import arrays, index, tars
+from distill.data import arrays, captions, index, tars
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
 from distill.data.rows import FileRows, ImageRows
@@ -72,12 +72,19 @@ def _images(
         rows = _rows(spec, known)
     else:
         rows, known = _indexed(spec, known)
-    name = Path(spec.path).stem if isinstance(spec, HfData) else Path(spec.path).name
+    name = _name(spec)
     loaded = ImageData(name, rows, known, spec, seed)
     key = (spec.model_dump_json(), seed, loaded.digest, known.head.written)
     if key not in _LOADED and keep:
         _LOADED[key] = loaded
     return _LOADED.get(key, loaded)
+
+
+def _name(spec: ImagesData | TarsData | HfData) -> str:
+    if isinstance(spec, HfData):
+        return Path(spec.path).stem
+    part = f"-{spec.split}" if isinstance(spec, ImagesData) and spec.split is not None else ""
+    return Path(spec.path).name + part
 
 
 def _place(spec: ImageOptions, folder: Path) -> Path:
@@ -89,23 +96,24 @@ def _place(spec: ImageOptions, folder: Path) -> Path:
 def _indexed(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
     """Lists the images of a data set and indexes those that are new or have changed."""
     place = _place(spec, Path())
-    old = _INDEXES.get(place, known)
-    found = _found(spec, old)
-    now = index.make(found, old, flatten=spec.background is not None)
+    known = _INDEXES.get(place, known)
+    found = _found(spec, known)
+    now = index.make(found, known, flatten=spec.background is not None)
     _INDEXES[place] = now
     return found.rows, now
 
 
-def _found(spec: ImagesData | TarsData | HfData, old: ImageIndex | None) -> FoundImages:
+def _found(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> FoundImages:
     if isinstance(spec, TarsData):
-        return tars.found(spec, old)
+        return tars.found(spec, known)
     if isinstance(spec, HfData):
         from distill.data import tables  # imported here because the datasets library takes a second
 
-        return tables.found(spec)
-    folder = imagefolder.read(spec.path)
+        return tables.found(spec, known)
+    folder = imagefolder.read(spec.path, captions=spec.captions, split=spec.split)
     rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
-    return FoundImages(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
+    texts = captions.of_folder(folder, known)
+    return FoundImages(rows, folder.names, folder.stats, folder.labels, folder.num_classes, captions=texts)
 
 
 def _rows(spec: ImagesData | TarsData | HfData, known: ImageIndex) -> ImageRows:
@@ -116,4 +124,4 @@ def _rows(spec: ImagesData | TarsData | HfData, known: ImageIndex) -> ImageRows:
         from distill.data import tables
 
         return tables.rows(spec)
-    return FileRows(Path(spec.path), len(known), known.name)
+    return FileRows(spec.folder, len(known), known.name)

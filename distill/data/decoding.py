@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from distill.core.errors import InputError
-from distill.spec.imagefolder import formats
+from distill.spec.imagefiles import formats
 
 # What Pillow raises for a file that is damaged or not an image.
 UNREADABLE = (

@@ -33,7 +33,7 @@ from distill.data.facts import State, read_all, times
 from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.spec.imagefolder import MAX_CLASSES
-from distill.spec.model import HfData, ImageOptions, TarsData
+from distill.spec.model import HfData, ImageOptions, ImagesData, TarsData
 
 MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
 TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
@@ -145,10 +145,14 @@ class FoundInTars:
 
 def path(folder: Path, spec: ImageOptions) -> Path:
     """The path of the index of a data set in a store or a run."""
-    place = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
+    local = spec.folder if isinstance(spec, ImagesData) else Path(spec.path)
+    place = str(local.absolute()) if local.exists() else spec.path
     parts = [spec.model_dump()["kind"], place, spec.background is None]
+    if isinstance(spec, ImagesData) and spec.captions:
+        parts.append("captions")
     if isinstance(spec, HfData):
         parts += [spec.revision, spec.split, spec.image_column, spec.label_column]
+        parts += [] if spec.caption_column is None else [spec.caption_column]
     if isinstance(spec, TarsData):
         parts += [spec.caption_key, spec.label_key]
     return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distill.core.text import is_text
 
 CHUNK = 2**16  # texts that are processed together
+MAX_LENGTH = 2**16  # maximum number of characters of a caption or prompt
 
 
 class Prompts(Sequence[str]):
@@ -140,6 +141,8 @@ class CaptionFault(IntEnum):
     EMPTY = 2
     NOT_UTF8 = 3
     CONTROL = 4
+    LONG = 5
+    UNREAD = 6
 
 
 FAULTS = {
@@ -147,6 +150,8 @@ FAULTS = {
     CaptionFault.EMPTY: "an empty caption",
     CaptionFault.NOT_UTF8: "a caption that is not UTF-8",
     CaptionFault.CONTROL: "a caption with control characters",
+    CaptionFault.LONG: f"a caption of more than {MAX_LENGTH:,} characters",
+    CaptionFault.UNREAD: "a caption that cannot be read",
 }
 
 
@@ -162,6 +167,8 @@ def cleaned(found: bytes | str | None) -> str | CaptionFault:
     text = found.strip()
     if not text:
         return CaptionFault.EMPTY
+    if len(text) > MAX_LENGTH:
+        return CaptionFault.LONG
     return text if is_text(text) else CaptionFault.CONTROL
 
 
@@ -177,13 +184,13 @@ class Captions:
     """[N, 3]: size, mtime and ctime in ns of the file that holds only this caption; 0: there is none"""
 
     @classmethod
-    def of(cls, found: Iterable[bytes | str | None]) -> "Captions":
+    def of(cls, found: Iterable[bytes | str | CaptionFault | None]) -> "Captions":
         """Checks the captions as they are stored, one for each image. None: the image has no caption."""
         faults = array("b")
 
         def usable() -> Iterator[str]:
             for each in found:
-                text = cleaned(each)
+                text = each if isinstance(each, CaptionFault) else cleaned(each)
                 faults.append(text if isinstance(text, CaptionFault) else 0)
                 if not isinstance(text, CaptionFault):
                     yield text

@@ -15,9 +15,11 @@ from distill import hub
 from distill.core.errors import InputError
 from distill.core.hub_repository import Repository
 from distill.core.text import printable, suggest
-from distill.data.index import FoundImages
+from distill.data import texttables
+from distill.data.index import FoundImages, ImageIndex
+from distill.data.prompts import Captions
 from distill.data.rows import Encoded, read_file
-from distill.spec import imagefolder
+from distill.spec import imagefiles, imagefolder
 from distill.spec.model import HfData
 
 SHOWN = 5  # maximum number of names in a message
@@ -53,23 +55,42 @@ def rows(spec: HfData) -> TableRows:
     return TableRows(_as_encoded(_opened(spec), spec))
 
 
-def found(spec: HfData) -> FoundImages:
-    """The images of a data set with their class ids, and with what `index` needs to detect changes."""
+def found(spec: HfData, known: ImageIndex | None = None) -> FoundImages:
+    """The images of a data set with their class ids or captions, and with what `index` needs to detect changes.
+
+    known: an earlier index, whose captions are used again if the table has not changed.
+    """
     table = _opened(spec)
+    stamp, captions = _stamp(table), None
+    if spec.caption_column is not None:
+        is_same = known is not None and known.head.stamp == stamp and len(known) == len(table)
+        captions = known.captions if known is not None and is_same else None
+        captions = captions or Captions.of(_captions(table, spec.caption_column))
     labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
     encoded = _as_encoded(table, spec)
     files = _files(encoded)
     stats = [_stat(name) if name else None for name in files]
-    return FoundImages(TableRows(encoded), files, stats, labels, num_classes, _stamp(table))
+    return FoundImages(TableRows(encoded), files, stats, labels, num_classes, stamp, captions)
 
 
 def _opened(spec: HfData) -> Dataset:
     table = open_rows(spec)
     columns = table.column_names
-    for field, column in (("image_column", spec.image_column), ("label_column", spec.label_column)):
+    for field in ("image_column", "label_column", "caption_column"):
+        column = getattr(spec, field)
         if column is not None and column not in columns:
             raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
     return table
+
+
+def _captions(table: Dataset, column: str) -> Iterator[bytes | None]:
+    """Yields the caption of each row as it is stored. Raises InputError if the column does not hold texts."""
+    feature = table.features[column]
+    if not isinstance(feature, datasets.Value) or feature.dtype not in ("string", "large_string"):
+        raise InputError(f"data.caption_column={column} contains {feature}; valid: columns of texts (string)")
+    for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
+        for part in batch.column(column).chunks:
+            yield from texttables.decoded(part)
 
 
 def _files(table: Dataset) -> list[str]:
@@ -125,7 +146,7 @@ def _refuse_folder(path: str) -> None:
     for file in found:
         imagefolder.refuse_container(str(file))
     names = ", ".join(dict.fromkeys(file.relative_to(path).parts[0] for file in found[:SHOWN])) or "nothing"
-    images = any(file.suffix.lower() in imagefolder.suffixes() for file in found)
+    images = any(file.suffix.lower() in imagefiles.suffixes() for file in found)
     raise InputError(
         f"data.path={path} contains neither parquet files nor a data set saved to disk, but {printable(names)}; "
         + ("use data.kind=images for a folder of images" if images else "give a folder of parquet files, or of images")

@@ -117,6 +117,8 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
             f"makes {list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another "
             "teacher"
         )
+    if data.prompts is not None and teacher.num_classes is not None:
+        _check_prompts(teacher, data.name, len(data.prompts))
     if isinstance(teacher.given, ConditionTable) and data.num_classes != teacher.num_classes:
         raise InputError(
             f"data '{data.name}' has {data.num_classes or 'no'} classes, but the teacher ({teacher.description}) has "
@@ -130,11 +132,32 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
         )
 
 
+def _check_prompts(teacher: LoadedTeacher, name: str, count: int) -> None:
+    """InputError if the teacher does not take the prompts of the data. count: the number of different prompts."""
+    if not isinstance(teacher.given, ConditionTable):
+        raise InputError(
+            f"data '{name}' has captions, but the teacher ({teacher.description}) is conditioned on classes; use data "
+            "with classes, or a teacher that takes prompts"
+        )
+    if count != teacher.num_classes:
+        raise InputError(
+            f"data '{name}' has {count:,} different prompts, but teacher.conditions of the teacher "
+            f"({teacher.description}) has {teacher.num_classes:,} rows; row i must belong to the i-th prompt of the "
+            "data, so encode these prompts"
+        )
+
+
 def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
-    """InputError if `data.label_column` has no effect because the teacher is unconditional; else `note_labels`.
+    """InputError if `data.label_column` or captions have no effect, because the teacher is unconditional; else
+    `note_labels`.
 
     Labels have an effect if there is a new network, which may learn them, or an evaluation, whose features use them.
     """
+    if data.prompts is not None and teacher.num_classes is None:
+        raise InputError(
+            f"the captions of data '{data.name}' have no effect: the teacher ({teacher.description}) is unconditional; "
+            "remove the setting that reads them from data, or give a teacher that takes prompts"
+        )
     elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
     if isinstance(spec.data, HfData) and _left_out(teacher, data) and not elsewhere:
         raise InputError(

@@ -9,14 +9,13 @@ from pathlib import Path
 from distill.core.errors import InputError
 from distill.core.text import expanded, suggest
 from distill.solvers import find_solver
-from distill.spec import clusterspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
+from distill.spec import clusterspec, dataspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
 from distill.spec.guidancespec import WEAK, FieldSettings
 from distill.spec.kinds import ADAPTIVE, SAMPLERS, STUDENTS
 from distill.spec.model import (
     FINE,
     OF_DATA,
     CheckpointTeacher,
-    DataSpec,
     EvaluateStage,
     GaussianTeacher,
     HfData,
@@ -55,7 +54,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run needs at least one stage"
     yield from teacher_mistakes(spec)
-    yield from data_mistakes(spec.data)
+    yield from dataspec.mistakes(spec.data)
     yield from _launch(spec)
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
@@ -147,12 +146,6 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         )
 
 
-def data_mistakes(data: DataSpec) -> Iterator[str]:
-    """The mistakes in the spec's data that can be seen without reading it."""
-    if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
-        yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"
-
-
 def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[str]:
     """The mistakes in what a recipe declares: an unknown kind of student, a sampler that does not fit, and so on."""
     if recipe.kind is None:
@@ -235,8 +228,7 @@ def _weak(found: Resolved, stage: Stage, settings: FieldSettings, where: str) ->
 def _has_classes(spec: RunSpec) -> bool:
     data = spec.data
     if isinstance(data, ImagesData):
-        folder = Path(data.path)
-        return not folder.is_dir() or imagefolder.has_classes(folder)
+        return not data.captions and (not data.folder.is_dir() or imagefolder.has_classes(data.folder))
     if isinstance(data, TarsData):
         return data.label_key is not None or data.caption_key is not None
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
@@ -283,6 +275,11 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
         yield (
             f"{where}.network: {recipe} starts from trained weights, which a new network does not have; remove it, and "
             "give init (an earlier train stage)"
+        )
+    if stage.network is not None and "data" in needs and "teacher" not in needs and dataspec.has_captions(spec.data):
+        yield (
+            f"{where}.network: a new network takes class labels, but no captions; remove the captions from data, or "
+            "start from a network that takes prompts (init)"
         )
     if stage.network is not None:
         yield from trainspec.network(found, stage, stage.network, f"{where}.network")

@@ -1,6 +1,6 @@
 """The `data` of a run spec: real data, and how images are converted to samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,6 +99,16 @@ class ImagesData(ImageOptions):
     alphabetical order, if any."""
 
     kind: Literal["images"]
+    captions: bool = False
+    """whether the images have captions: files NAME.txt or NAME.caption beside them, or a metadata.jsonl, .csv or
+    .parquet with the columns file_name and text or caption; sub-folders are not classes then"""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """sub-folder of `path` to use, if that has one for each split, like train and val; null: `path` is one split"""
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the images of the split."""
+        return Path(self.path) if self.split is None else Path(self.path) / self.split
 
 
 def _key_of(*plain: str) -> AfterValidator:
@@ -150,6 +160,8 @@ class HfData(ImageOptions):
     """column of the images"""
     label_column: str | None = None
     """column of class ids; null: no classes"""
+    caption_column: str | None = None
+    """column of captions; null: no captions"""
 
     @property
     def is_of_hub(self) -> bool:
@@ -158,3 +170,26 @@ class HfData(ImageOptions):
 
 
 DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | TarsData | HfData, Field(discriminator="kind")]
+
+
+def has_captions(data: DataSpec) -> bool:
+    """Whether the labels of the data are numbers of prompts instead of class ids."""
+    match data:
+        case ImagesData():
+            return data.captions
+        case TarsData():
+            return data.caption_key is not None
+        case HfData():
+            return data.caption_column is not None
+    return False
+
+
+def mistakes(data: DataSpec) -> Iterator[str]:
+    """The mistakes in the data of a spec that can be found without reading it."""
+    if isinstance(data, HfData) and data.caption_column is not None and data.label_column is not None:
+        yield (
+            "data: caption_column and label_column are both given; images have captions or classes, so remove one of "
+            "them"
+        )
+    if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
+        yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"

@@ -4,41 +4,50 @@
 - Otherwise, each sub-folder is a class, in alphabetical order.
 - A folder with images only is unconditional.
 
-Some structures are refused with a hint, since their folders are not classes or information would be lost: train, val
-and test splits, folders of a thousand images each (FFHQ), captions, and folders of kohya's trainers. Hidden files and
-folders and `__MACOSX` are skipped. Links are followed.
+If the images have captions, sub-folders are not classes. Some structures are refused with a hint, since their folders
+are not classes or information would be lost: train, val and test splits of which none is chosen, folders of a thousand
+images each (FFHQ), captions that are not used, and folders of kohya's trainers.
 """
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.core.errors import InputError
-from distill.core.text import printable
+from distill.core.printing import warn
+from distill.core.text import printable, suggest
+from distill.spec import captionfiles
+from distill.spec.captionfiles import CaptionFiles
+from distill.spec.imagefiles import (
+    Entries,
+    ancestors,
+    below,
+    files,
+    identity,
+    is_folder,
+    is_ignored,
+    refuse_dead_links,
+    stat_of,
+    suffix_of,
+    suffixes,
+    top_folder,
+)
 
 LABELS = "dataset.json"
 MAX_CLASSES = 1_000_000  # more are taken as a mistake: each class needs a row of an embedding
 PER_IMAGE = 10  # class ids up to this many times the number of images are valid
 ALWAYS = 1_000  # class ids below this are valid for any number of images
-IGNORED = {"__MACOSX", "@eaDir"}  # created by macOS and Synology
-CAPTIONS = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}  # in image folders of the `datasets` library
-CAPTION_SUFFIXES = {".txt", ".caption"}
 PARTS = r"([-_]?(set|images|imgs|data))?[-_]?\d*"
 TRAIN = re.compile(r"train(ing)?" + PARTS, re.IGNORECASE)
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|testing|eval)" + PARTS, re.IGNORECASE)
 REPEATS = re.compile(r"(\d+)_.+")  # kohya: images in 10_name are shown ten times per epoch
-REFUSED = {  # formats that Pillow can open, but that are not read
-    *("EPS", "WMF"),  # rendered by another program or the operating system
-    *("FPX", "MIC"),  # compound documents
-    *("BLP", "IM"),  # rare formats whose readers may raise any exception
-}
 SHOWN = 3  # names that a message lists
 CONVERT = {  # suffix -> (what the file is, how to extract its images)
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), ("a tar archive", "unpack it with `tar -xf`")),
@@ -69,6 +78,8 @@ class ImageFolder:
     labels: list[int] | None
     """class id of each image; None: unconditional"""
     num_classes: int | None
+    captions: CaptionFiles | None = None
+    """where the captions of the images are; None: they are not used"""
 
 
 class _Labels(BaseModel):
@@ -80,28 +91,6 @@ class _Labels(BaseModel):
     """[file below the folder, class id] of every image; null: unconditional"""
 
 
-@cache
-def formats() -> tuple[str, ...]:
-    """The image formats that are read, by their names in Pillow. InputError if Pillow is not installed."""
-    try:
-        from PIL import Image  # a plain installation does not include Pillow
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "folders of images need the package pillow; pip install 'distill[train]' installs it"
-        ) from error
-    Image.init()
-    return tuple(kind for kind in Image.OPEN if kind not in REFUSED)
-
-
-@cache
-def suffixes() -> frozenset[str]:
-    """The suffixes of the files that are read, in lower case."""
-    kinds = formats()
-    from PIL import Image
-
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
-
-
 def has_classes(root: Path) -> bool:
     """Whether the images of a folder have classes, decided without listing the images."""
     if os.path.lexists(root / LABELS):
@@ -109,30 +98,49 @@ def has_classes(root: Path) -> bool:
     return bool(_classes(root))
 
 
-def read(path: str) -> ImageFolder:
-    """Read the folder `path`. InputError if it cannot be read, has no images, or its sub-folders are not classes."""
-    root = Path(path)
-    if not root.is_dir():
+def read(path: str, *, captions: bool = False, split: str | None = None) -> ImageFolder:
+    """Lists the images of the folder `path`, or of its sub-folder `split`, with their class ids.
+
+    captions: the images have captions (see `captionfiles`), and sub-folders are not classes.
+
+    Raises InputError if the folder cannot be read, has no images, or its sub-folders are neither.
+    """
+    if not Path(path).is_dir():
         refuse_container(path)
         raise InputError(f"data.path={path} is not a folder; give a folder of images, or one with a folder per class")
+    whole = Path(path)
+    if split is not None:
+        _refuse_other_split(path, split)
+        path = below(path, split)
+    root = Path(path)
     listed = os.path.lexists(root / LABELS)
+    if listed and captions and _parsed(root / LABELS).labels is not None:
+        raise InputError(
+            f"data.captions=true, but {root / LABELS} has class labels; images have either captions or classes: remove "
+            "data.captions or that file"
+        )
     classes = [] if listed else _classes(root)
-    _refuse_splits(path, classes)
+    _refuse_splits(path, classes, captions)
     if len(classes) == 1:  # probably the top folder of an unpacked archive
-        _refuse_splits(_below(path, classes[0]), _classes(root, classes[0]))
+        _refuse_splits(below(path, classes[0]), _classes(root, classes[0]), captions)
     names: list[str] = []
     stats: list[os.stat_result | None] = []
+    texts: dict[str, os.DirEntry[str]] = {}
     other: str | None = None  # the first file that is not an image
-    for name, entry in _files(path):
-        if _suffix(name) in suffixes():
+    for name, entry in files(path, _any if captions else partial(captionfiles.refuse, path)):
+        if suffix_of(name) in suffixes():
             names.append(name)
-            stats.append(_stat(entry))
+            stats.append(stat_of(entry))
+        elif captions and captionfiles.is_caption_file(name):
+            texts[name] = entry
         elif other is None:
             other = name
     if not names:
         if other is not None:
             refuse_container(f"{path}/{other}")
         raise InputError(f"data.path={path} contains no images; valid are files like .png, .jpg, .webp, .bmp, .tiff")
+    if captions:
+        return ImageFolder(root, names, stats, None, None, captionfiles.find(path, names, texts))
     if listed:
         labels = _of_file(root / LABELS, names)
         count = None if labels is None else count_classes(labels, str(root / LABELS))
@@ -141,8 +149,12 @@ def read(path: str) -> ImageFolder:
         return ImageFolder(root, names, stats, None, None)
     _refuse_mixed(path, classes, names)
     _refuse_buckets(path, classes, names)
-    ids = {name: i for i, name in enumerate(classes)}
-    return ImageFolder(root, names, stats, [ids[_top(name)] for name in names], len(classes))
+    ids = _ids(classes) if split is None else _ids_of_split(whole, split, classes)
+    return ImageFolder(root, names, stats, [ids[top_folder(name)] for name in names], len(ids))
+
+
+def _any(folder: str, entries: Entries) -> None:
+    """Accepts all files of a folder."""
 
 
 def count_classes(labels: Sequence[int], where: str) -> int:
@@ -170,163 +182,95 @@ def refuse_container(path: str) -> None:
         )
 
 
-# --- files ---
-
-
-def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """(relative path, entry) of every visible file below root, in the order of sorted(root.rglob("*")).
-
-    Links to folders are followed. A link to a folder that contains the link is skipped, to avoid an endless loop.
-    """
-    seen: dict[tuple[int, int], str] = {}
-    stack = [("", iter(_entries(root, "")), _ancestors(root))]
-    while stack:
-        folder, entries, above = stack[-1]
-        for entry in entries:
-            name = _below(folder, entry.name)
-            if not _is_folder(entry):
-                yield name, entry
-                continue
-            found = _identity(entry)
-            if found in above:
-                continue
-            if found in seen:
-                raise InputError(
-                    f"data.path={root}: {printable(name)} and {printable(seen[found])} link to the same folder, so its "
-                    "images would be used twice; remove one of the links"
-                )
-            seen[found] = name
-            stack.append((name, iter(_entries(root, name)), above | {found}))
-            break
-        else:
-            stack.pop()
-
-
-def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
-    """The visible entries of a folder, sorted by name. InputError if there are captions."""
-    try:
-        with os.scandir(_below(root, folder)) as found:
-            entries = sorted((e for e in found if not _is_ignored(e.name)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(
-            f"data.path={root}: the folder '{printable(folder) or '.'}' cannot be read: {error.strerror}"
-        ) from error
-    _refuse_dead_links(root, folder, entries)
-    names = [entry.name for entry in entries]
-    images = {_stem(name) for name in names if _suffix(name) in suffixes()}
-    texts = [name for name in names if _suffix(name) in CAPTION_SUFFIXES and _stem(name) in images]
-    captions = sorted(CAPTIONS.intersection(names)) or texts
-    if captions:
-        shown = printable(", ".join(_below(folder, name) for name in captions[:SHOWN]))
-        raise InputError(
-            f"data.path={root} has captions ({shown}{', ...' if len(captions) > SHOWN else ''}), which data of kind "
-            "images does not support; give a folder with only the images, in one sub-folder per class if there are "
-            "classes"
-        )
-    return entries
-
-
-def _refuse_dead_links(root: str, folder: str, entries: Sequence["os.DirEntry[str]"]) -> None:
-    """Raise InputError for a broken link: it may have led to a folder, whose class would be missing.
-
-    Broken links with the name of an image are reported later.
-    """
-    for entry in entries:
-        if _suffix(entry.name) not in suffixes() and entry.is_symlink() and _is_dead(entry):
-            raise InputError(
-                f"data.path={root}: the link {printable(_below(folder, entry.name))} is broken; repair or remove it"
-            )
-
-
-def _is_ignored(name: str) -> bool:
-    return name.startswith(".") or name in IGNORED
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _is_dead(link: "os.DirEntry[str]") -> bool:
-    try:
-        link.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:  # a link to itself, or no permission
-        return False
-    return False
-
-
-def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
-    found = entry.stat()
-    return found.st_dev, found.st_ino
-
-
-def _ancestors(root: str) -> frozenset[tuple[int, int]]:
-    """The identities (see `_identity`) of a folder and all folders that contain it."""
-    place = Path(root).resolve()
-    return frozenset((found.st_dev, found.st_ino) for found in (each.stat() for each in (place, *place.parents)))
-
-
-def _stat(entry: "os.DirEntry[str]") -> os.stat_result | None:
-    try:
-        return entry.stat()
-    except OSError:
-        return None
-
-
-def _below(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder and name else folder or name
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
-def _suffix(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return (dot + suffix).lower() if stem else ""
-
-
-def _top(name: str) -> str:
-    return name.partition("/")[0]
-
-
 # --- classes ---
 
 
 def _classes(root: Path, folder: str = "") -> list[str]:
     """The sorted names of the visible folders in root, or in its sub-folder `folder`."""
     place = root / folder
-    above = _ancestors(str(place))
+    above = ancestors(str(place))
     try:
         with os.scandir(place) as found:
-            entries = [entry for entry in found if not _is_ignored(entry.name)]
-        folders = [entry for entry in entries if _is_folder(entry) and _identity(entry) not in above]
+            entries = [entry for entry in found if not is_ignored(entry.name)]
+        folders = [entry for entry in entries if is_folder(entry) and identity(entry) not in above]
     except OSError as error:
         raise InputError(f"data.path={place} cannot be read: {error.strerror}") from error
-    _refuse_dead_links(str(root), folder, entries)
+    refuse_dead_links(str(root), folder, entries)
     return sorted(entry.name for entry in folders)
 
 
-def _refuse_splits(path: str, classes: Sequence[str]) -> None:
-    """Refuse sub-folders that are splits (train, val, test), or kohya's folders like 10_name, with 10 repeats."""
-    train = [name for name in classes if TRAIN.fullmatch(name)]
-    held_out = [name for name in classes if HELD_OUT.fullmatch(name)]
-    if (train and held_out) or (classes and len(train) + len(held_out) == len(classes)):
+def _splits(folders: Sequence[str]) -> list[str]:
+    """The folders that are named like splits of a data set, train first; empty if they are probably classes."""
+    train = [name for name in folders if TRAIN.fullmatch(name)]
+    held_out = [name for name in folders if HELD_OUT.fullmatch(name)]
+    are_splits = (train and held_out) or len(train) + len(held_out) == len(folders)
+    return [*train, *held_out] if are_splits else []
+
+
+def _refuse_other_split(path: str, split: str) -> None:
+    """Raises InputError if a folder has no splits, or not this one."""
+    folders = _classes(Path(path))
+    if not _splits(folders):
         raise InputError(
-            f"data.path={path} contains the splits of a data set ({', '.join([*train, *held_out])}), which are not "
-            f"classes; give one of them: data.path={_below(path, [*train, *held_out][0])}"
+            f"data.split={printable(split)}: data.path={path} has no folders that are splits, such as train and val; "
+            "remove data.split"
+        )
+    if split not in folders:
+        raise InputError(
+            f"data.split={printable(split)}: data.path={path} has no such folder; {printable(suggest(split, folders))}"
+        )
+
+
+def _refuse_splits(path: str, classes: Sequence[str], captions: bool) -> None:
+    """Refuse sub-folders that are splits (train, val, test), or kohya's folders like 10_name, with 10 repeats."""
+    if splits := _splits(classes):
+        raise InputError(
+            f"data.path={path} contains the splits of a data set ({', '.join(splits)}), which are not classes; choose "
+            f"one of them: data.path={path} with data.split={splits[0]}"
         )
     repeats = [match[1] for match in map(REPEATS.fullmatch, classes) if match]
     if repeats and len(repeats) == len(classes) and (len(classes) == 1 or max(Counter(repeats).values()) > 1):
+        why, change = "which are not classes", "if they are classes"
+        if captions:
+            why, change = "whose numbers of repeats are not applied", "to use each image once per epoch"
         raise InputError(
             f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers "
-            "(REPEATS_NAME), which are not classes; give one of these folders (data.path="
-            f"{printable(_below(path, classes[0]))}), or rename them if they are classes"
+            f"(REPEATS_NAME), {why}; give one of these folders (data.path={printable(below(path, classes[0]))}), or "
+            f"rename them {change}"
         )
+
+
+def _ids(classes: Sequence[str]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(classes)}
+
+
+def _ids_of_split(root: Path, split: str, classes: Sequence[str]) -> dict[str, int]:
+    """The class ids of a split: those of the train split, if there is one with class folders.
+
+    Raises InputError for classes that the train split does not have. Prints a warning if some of its classes are
+    missing.
+    """
+    train = [name for name in _splits(_classes(root)) if TRAIN.fullmatch(name)]
+    if len(train) != 1 or train[0] == split or os.path.lexists(root / train[0] / LABELS):
+        return _ids(classes)
+    known = _classes(root, train[0])
+    if not known:
+        return _ids(classes)
+    if unknown := sorted(set(classes) - set(known)):
+        raise InputError(
+            f"data.split={split}: {len(unknown)} class folders ({_listed(unknown)}) are not in {root / train[0]}, so "
+            "their class ids are not known; rename or remove them"
+        )
+    if missing := sorted(set(known) - set(classes)):
+        warn(
+            f"data.split={split} has no images of {len(missing)} of the {len(known)} classes of {train[0]} "
+            f"({_listed(missing)}); class ids are those of {train[0]}"
+        )
+    return _ids(known)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
 
 
 def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> None:
@@ -354,7 +298,7 @@ def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> No
             f"data.path={path} contains images ({printable(', '.join(loose[:SHOWN]))}) next to folders "
             f"({printable(', '.join(classes[:SHOWN]))}); sub-folders are classes, so move the images into one"
         )
-    empty = sorted(set(classes) - {_top(name) for name in names})
+    empty = sorted(set(classes) - {top_folder(name) for name in names})
     if empty:
         raise InputError(f"data.path={path}: the class folders {printable(', '.join(empty[:5]))} contain no images")
 

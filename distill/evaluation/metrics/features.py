@@ -159,7 +159,9 @@ def _stream(data: DataSet, indices: Tensor, steps: int, digest: str) -> Iterator
 
 
 def _classes(data: DataSet) -> int | None:
-    """The number of classes, or None if there is at most one."""
+    """The number of classes, or None if there is at most one. Prompts are not classes."""
+    if data.prompts is not None:
+        return None
     return data.num_classes if data.num_classes is not None and data.num_classes > 1 else None
 
 
