@@ -25,7 +25,7 @@ NAME = "file_name"  # column with the path of an image, relative to the table
 COLUMNS = ("text", "caption")  # columns with the caption; a table must have one of them
 SHOWN = 3  # names that a message lists
 
-Stored = bytes | str | CaptionFault | None
+StoredCaption = bytes | str | CaptionFault | None
 
 
 def of_folder(folder: ImageFolder, known: ImageIndex | None) -> Captions | None:
@@ -62,10 +62,12 @@ def _unchanged(names: Sequence[str], files: NDArray[np.int64], known: ImageIndex
     return np.where(are_same & are_settled, rows, found)
 
 
-def _of_files(root: Path, found: CaptionFiles, old: NDArray[np.int64], known: ImageIndex | None) -> Iterator[Stored]:
+def _of_files(
+    root: Path, found: CaptionFiles, old: NDArray[np.int64], known: ImageIndex | None
+) -> Iterator[StoredCaption]:
     """Yields the caption of each image. Files are read by several threads."""
 
-    def caption(row: int) -> Stored:
+    def caption(row: int) -> StoredCaption:
         name, before = found.sidecars[row], int(old[row])
         if name is None:
             return None
@@ -77,7 +79,7 @@ def _of_files(root: Path, found: CaptionFiles, old: NDArray[np.int64], known: Im
         except OSError as error:
             return CaptionFault.LONG if error.errno == errno.EFBIG else CaptionFault.UNREAD
 
-    def task(start: int) -> list[Stored]:
+    def task(start: int) -> list[StoredCaption]:
         return [caption(row) for row in range(start, min(start + TASK, len(old)))]
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -88,10 +90,10 @@ def _of_files(root: Path, found: CaptionFiles, old: NDArray[np.int64], known: Im
 # --- tables ---
 
 
-def _of_tables(root: Path, tables: Iterable[str], names: Sequence[str]) -> list[Stored]:
+def _of_tables(root: Path, tables: Iterable[str], names: Sequence[str]) -> list[StoredCaption]:
     """The caption of each image. Raises InputError for rows of other files, or two rows of the same file."""
     where = {name: row for row, name in enumerate(names)}
-    found: list[Stored] = [None] * len(names)
+    found: list[StoredCaption] = [None] * len(names)
     place: dict[int, str] = {}
     for table in tables:
         path, folder = root / table, table.rpartition("/")[0]

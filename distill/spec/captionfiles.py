@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from distill.core.errors import InputError
 from distill.core.text import printable
-from distill.spec.imagefiles import Entries, below, stat_of, stem_of, suffix_of, suffixes
+from distill.spec.imagefiles import FolderEntries, below, stat_of, stem_of, suffix_of, suffixes
 
 TABLES = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 SUFFIXES = {".txt", ".caption"}
@@ -36,7 +36,7 @@ def is_caption_file(name: str) -> bool:
     return suffix_of(name) in SUFFIXES or name.rpartition("/")[2] in TABLES
 
 
-def refuse(root: str, folder: str, entries: Entries) -> None:
+def refuse(root: str, folder: str, entries: FolderEntries) -> None:
     """Raises InputError if there are captions among the files of a folder, since they would not be used."""
     names = [entry.name for entry in entries]
     images = {stem_of(name) for name in names if suffix_of(name) in suffixes()}

@@ -18,7 +18,7 @@ REFUSED = {  # formats that Pillow can open, but that are not read
     *("BLP", "IM"),  # rare formats whose readers may raise any exception
 }
 
-Entries = Sequence["os.DirEntry[str]"]
+FolderEntries = Sequence["os.DirEntry[str]"]
 
 
 @cache
@@ -43,7 +43,7 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
-def files(root: str, check: Callable[[str, Entries], None]) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+def files(root: str, check: Callable[[str, FolderEntries], None]) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
     """(relative path, entry) of every visible file below root, in the order of sorted(root.rglob("*")).
 
     check: called with the relative path and the entries of each folder before its files; may raise InputError.
@@ -93,7 +93,7 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
     return entries
 
 
-def refuse_dead_links(root: str, folder: str, entries: Entries) -> None:
+def refuse_dead_links(root: str, folder: str, entries: FolderEntries) -> None:
     """Raise InputError for a broken link: it may have led to a folder, whose class would be missing.
 
     Broken links with the name of an image are reported later.

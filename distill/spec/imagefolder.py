@@ -26,7 +26,7 @@ from distill.core.text import printable, suggest
 from distill.spec import captionfiles
 from distill.spec.captionfiles import CaptionFiles
 from distill.spec.imagefiles import (
-    Entries,
+    FolderEntries,
     ancestors,
     below,
     files,
@@ -153,7 +153,7 @@ def read(path: str, *, captions: bool = False, split: str | None = None) -> Imag
     return ImageFolder(root, names, stats, [ids[top_folder(name)] for name in names], len(ids))
 
 
-def _any(folder: str, entries: Entries) -> None:
+def _any(folder: str, entries: FolderEntries) -> None:
     """Accepts all files of a folder."""
 
 
