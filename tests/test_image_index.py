@@ -1,8 +1,10 @@
 """The image index: its content, when it is made again, and which errors are found only when images are read."""
 
 import hashlib
+import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from distill import data
 from distill.core.errors import InputError, RunError
-from distill.data import index
+from distill.data import decoding, index
 from distill.data.arrays import ArrayData
 from distill.data.index import State
 from distill.spec.model import HfData, ImagesData
@@ -148,7 +151,7 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
     data.update_index(spec, tmp_path)
     path = index.path(tmp_path, spec)
     whole, arrays = path.read_bytes(), load_file(path)
-    head = {"format": 1, "num_classes": 2, "stamp": "", "written": 0}
+    head = {"format": 2, "num_classes": 2, "stamp": "", "written": 0}
     match damage:
         case "half":
             path.write_bytes(whole[: len(whole) // 2])
@@ -165,7 +168,7 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
         case "shapes":
             save_file({**arrays, "names": arrays["names"][None]}, path, {"index": json.dumps(head)})
         case "version":
-            save_file(arrays, path, {"index": json.dumps({**head, "format": 2})})
+            save_file(arrays, path, {"index": json.dumps({**head, "format": 3})})
     assert index.read(path) is None
     data.update_index(spec, tmp_path)
     assert (kept(tmp_path, spec).sha256 == arrays["sha256"]).all()
@@ -375,3 +378,51 @@ def test_labels_of_arrays_are_within_their_classes():
     for wrong in (-1, 3):
         with pytest.raises(InputError, match=r"data 'x': class ids from .*, but there are 3 classes"):
             ArrayData("x", torch.zeros(2, 1, 2, 2), torch.tensor([0, wrong]), 3)
+
+
+# --- orientation ---
+
+
+def oriented(kind: str, orientation: int) -> bytes:
+    """A picture stored with 8 columns and 4 rows, to be shown in this EXIF orientation."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (8, 4), (200, 10, 10)).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_header_has_the_sides_of_the_decoded_image(kind):
+    for orientation in range(1, 9):
+        encoded = oriented(kind, orientation)
+        found = decoding.header(encoded)
+        assert (found.height, found.width) == ((8, 4) if orientation > 4 else (4, 8))
+        assert decoding.decode(encoded, "", (1, 1), 3).shape == ((3, 2, 1) if orientation > 4 else (3, 1, 2))
+
+
+def test_an_orientation_after_the_pixels_of_a_png_and_one_in_xmp_are_seen():
+    content = oriented("PNG", 6)
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk, rest = content[start:stop], content[:start] + content[stop:]
+    late = rest[: -len(decoding.PNG_END)] + chunk + decoding.PNG_END
+    info, file = PngInfo(), io.BytesIO()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>')
+    Image.new("RGB", (8, 4)).save(file, "PNG", pnginfo=info)
+    for encoded, sides in ((late, (8, 4)), (rest, (4, 8)), (file.getvalue(), (8, 4))):
+        found = decoding.header(encoded)
+        assert (found.height, found.width) == sides
+        assert decoding.decode(encoded, "", (1, 1), 3).shape[1] == sides[0] // 4
+
+
+def test_an_index_without_orientations_is_made_again(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(oriented("JPEG", 6))
+    made = index.make(data._found(images(root)), None, flatten=False)
+    assert made.sides.tolist() == [[8, 4]]
+    index.write(tmp_path / "index", made)
+    assert index.read(tmp_path / "index").sides.tolist() == [[8, 4]]
+    old = made.head.model_copy(update={"format": 1})
+    index.write(tmp_path / "index", replace(made, head=old))
+    assert index.read(tmp_path / "index") is None

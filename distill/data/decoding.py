@@ -18,6 +18,9 @@ UNREADABLE = (
 )
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 JPEG_END = b"\xff\xd9"
+PNG_PIXELS = b"IDAT"
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chunks that may hold an orientation
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag; its values that exchange height and width
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
@@ -25,7 +28,7 @@ Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 
 @dataclass(frozen=True)
 class Header:
-    """What is known about an image before it is decoded."""
+    """What is known about an image before it is decoded. Height and width are those of the decoded image."""
 
     height: int
     width: int
@@ -44,7 +47,21 @@ def header(encoded: bytes) -> Header:
     """Reads the header of an encoded image. Raises one of UNREADABLE if there is no valid header."""
     with _opened(encoded) as image:
         sure = image.mode[0] not in "IF" and _has_end(encoded, image.format)
-        return Header(image.height, image.width, _has_alpha(image), not sure)
+        sides = (image.width, image.height) if _is_turned(image, encoded) else (image.height, image.width)
+        return Header(*sides, _has_alpha(image), not sure)
+
+
+def _is_turned(image: Image.Image, encoded: bytes) -> bool:
+    """Whether decoding exchanges height and width, as the orientation in the EXIF or XMP data says. Reads no pixels,
+    except of a PNG file with such data after its pixels.
+    """
+    if image.format == "TIFF":
+        return False  # Pillow has already exchanged the sides
+    if image.format == "PNG":
+        pixels = encoded.find(PNG_PIXELS)
+        if any(encoded.find(name, pixels) >= 0 for name in PNG_ORIENTATION):
+            image.load()
+    return Image.Image.getexif(image).get(ORIENTATION) in TURNED  # PngImageFile.getexif always reads the pixels
 
 
 def _has_end(encoded: bytes, kind: str | None) -> bool:

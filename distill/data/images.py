@@ -174,13 +174,9 @@ class ImageData:
             )
 
     def _resized_pixels(self) -> NDArray[np.float64]:
-        """The number of pixels of each image after resizing, [N]; the maximum over both orientations.
-
-        EXIF data, which the index does not hold, may swap width and height.
-        """
+        """The number of pixels of each image after resizing, [N]."""
         sides = self._index.sides.clip(1).astype(np.float64)
-        scales = [np.max(self._options.height_width / each, axis=1) for each in (sides, sides[:, ::-1])]
-        return np.maximum(*scales) ** 2 * sides.prod(axis=1)
+        return np.max(self._options.height_width / sides, axis=1) ** 2 * sides.prod(axis=1)
 
     def _names(self, rows: NDArray[np.int64]) -> str:
         return ", ".join(map(self._rows.name, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")

@@ -49,7 +49,8 @@ class _Head(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
+    """1: sides without the orientation in the EXIF data"""
     num_classes: int | None = Field(ge=1, le=MAX_CLASSES)
     stamp: str
     """fingerprint of the table that holds the rows; empty: the rows are files"""
@@ -63,7 +64,7 @@ class ImageIndex:
 
     head: _Head
     state: NDArray[np.uint8]  # [N], values of State
-    sides: NDArray[np.int32]  # [N, 2]: height, width
+    sides: NDArray[np.int32]  # [N, 2]: height, width of the decoded image
     alpha: NDArray[np.uint8]  # [N]: whether there is an alpha channel
     file: NDArray[np.int64]  # [N, 3]: size in bytes, mtime and ctime in ns since 1970
     sha256: NDArray[np.uint8]  # [N, 32], of the stored bytes
