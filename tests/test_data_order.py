@@ -8,7 +8,7 @@ import torch
 
 from distill.data import DataSource
 from distill.data.order import BatchOrder, streams
-from distill.data.source import Items
+from distill.data.source import Bucket, Items
 from distill.flow.draws import Rows, permutation
 
 BUCKETS = [[40, 3, 17, 0], [1], [2, 9, 8, 7, 6, 5, 4], [], list(range(10, 17)), list(range(18, 40))]
@@ -100,7 +100,7 @@ class Sided:
     """Item i is filled with i; its height is that of its bucket. Implements `data.DataSet`."""
 
     name, shape, num_classes, prompts, digest = "sided", (1, 4, 4), COUNT, None, "0" * 64
-    buckets = [np.array(each, np.int64) for each in BUCKETS]
+    buckets = [Bucket((1, 2 + i, 4), np.array(each, np.int64)) for i, each in enumerate(BUCKETS)]
 
     def __len__(self) -> int:
         return COUNT
@@ -112,7 +112,7 @@ class Sided:
 
 
 def test_the_batches_of_a_source_have_one_shape_with_labels_and_sizes_in_their_rows():
-    source, heights = DataSource(Sided(), SIZE, 3), set()
+    source, heights = DataSource(Sided(), SIZE, 3, sizes=True), set()
     for step in range(COUNT):
         found = source.batch(step, Rows(0, SIZE, SIZE))
         items = batch(order(), step)

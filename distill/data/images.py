@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ from torch.utils.data import get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
+from distill.data.aspects import nearest
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.facts import CHUNK, REASONS, State
 from distill.data.index import ImageIndex
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.data.rows import ImageRows
-from distill.data.source import Items
+from distill.data.source import Bucket, Items
 from distill.flow.draws import uniforms
 from distill.spec.model import ImageOptions
 
@@ -31,7 +33,8 @@ class ImageData:
     Images that the index lists as damaged, or without a usable caption, are reported and skipped. If an image turns out
     to be damaged when it is decoded, the next image takes its place. More than options.max_unreadable damaged images
     raise InputError. Grey images are repeated to three channels in a colour data set, and colour images are converted
-    to grey in a grey one. Transparent images need options.background.
+    to grey in a grey one. Transparent images need options.background. With options.buckets, samples have the size of
+    the bucket with the most similar aspect ratio.
     """
 
     encoded = False
@@ -39,23 +42,27 @@ class ImageData:
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' has no rows")
-        self.name, self.num_classes, self.buckets = name, index.num_classes, None
+        self.name, self.num_classes = name, index.num_classes
         self.prompts: Prompts | None = None if index.captions is None else index.captions.prompts
         self.shape = (options.channels, *options.height_width)
         self._rows, self._index, self._options, self._seed = rows, index, options, seed
         self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background
         self._kept: dict[int, NDArray[np.generic]] = {}
         self._kept_bytes = 0
+        self._sizes = options.sizes
+        # The position in _sizes of each row's size; without buckets, it is 0 for all rows.
+        self._size_of = None if options.buckets is None else nearest(index.sides, self._sizes)
         self._refuse()
         damaged = np.isin(index.state, [State.BROKEN, *_WITHOUT_BYTES])
         if self.prompts is not None:
             damaged |= index.labels < 0
         self._readable: NDArray[np.int64] = np.flatnonzero(~damaged)
+        self.buckets = None if self._size_of is None else self._in_buckets(self._size_of[self._readable])
         self._damaged = set(np.flatnonzero(damaged).tolist())
         self.skipped: list[int] = []
         self.unreadable = [self._shown(row) for row in sorted(self._damaged)]
         self._labels = None if self.num_classes is None else torch.from_numpy(index.labels)
-        self.digest = _digest(index, options, self._background)
+        self.digest = _digest(index, options, self._background, self._sizes)
         if self.unreadable:
             self._report()
 
@@ -63,18 +70,27 @@ class ImageData:
         return len(self._readable)
 
     def items(self, epoch: int, indices: Sequence[int]) -> Items:
-        """Returns images [n, C, H, W] float32 in [-1, 1] and labels [n]. Crop and flip depend on (seed, epoch, row)."""
-        found = [self._item(int(i), epoch) for i in indices]
-        images = torch.stack([sample for _, sample in found])
-        return Items(images, None if self._labels is None else self._labels[[row for row, _ in found]])
+        """Returns images [n, C, H, W] float32 in [-1, 1], labels [n] and sizes [n, 6].
 
-    def _item(self, i: int, epoch: int) -> tuple[int, Tensor]:
-        """Returns the row and the sample of the i-th readable image, or of the next one if that image is damaged.
+        Crop and flip depend on (seed, epoch, row). ValueError if the images are of several buckets.
+        """
+        found = [self._item(int(i), epoch) for i in indices]
+        if len(shapes := {tuple(each.pixels.shape) for each in found}) > 1:
+            raise ValueError(f"images of several buckets were asked for: {sorted(shapes)}")
+        labels = None if self._labels is None else self._labels[[each.row for each in found]]
+        return Items(torch.stack([each.pixels for each in found]), labels, torch.tensor([each.sizes for each in found]))
+
+    def _item(self, i: int, epoch: int) -> "_Sample":
+        """Returns the i-th readable image, or the next one of its bucket if that image is damaged.
 
         The result is the same in every process: it does not depend on which damage a process has already found.
         """
-        for k in range(len(self)):
-            row = int(self._readable[(i + k) % len(self)])
+        peers: Sequence[int] | NDArray[np.int64] = range(len(self))
+        if self.buckets is not None and self._size_of is not None:
+            peers = self.buckets[self._size_of[self._readable[i]]].items
+        first = int(np.searchsorted(peers, i)) if isinstance(peers, np.ndarray) else i
+        for k in range(len(peers)):
+            row = int(self._readable[peers[(first + k) % len(peers)]])
             if row in self._damaged:
                 continue
             try:
@@ -84,8 +100,12 @@ class ImageData:
             except UNREADABLE:
                 self.skip([row])
             else:
-                return row, self._sample(pixels, row, epoch)
-        raise AssertionError("_report refuses a set without readable images")
+                return self._sample(pixels, row, epoch)
+        height, width = self._size(int(self._readable[i]))
+        raise InputError(
+            f"{self.name}: none of the {len(peers)} images of the bucket {height}x{width} (height x width) can be "
+            "decoded; repair or remove them"
+        )
 
     def skip(self, rows: Sequence[int]) -> None:
         """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""
@@ -96,9 +116,19 @@ class ImageData:
         if new:
             self._report()
 
-    def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> Tensor:
+    def _in_buckets(self, size_of: NDArray[np.int16]) -> list[Bucket]:
+        """The readable images of each bucket. size_of: the bucket of each of them."""
+        order, ends = np.argsort(size_of, kind="stable"), np.cumsum(np.bincount(size_of, minlength=len(self._sizes)))
+        shapes = [(self._options.channels, *size) for size in self._sizes]
+        return [Bucket(*each) for each in zip(shapes, np.split(order, ends[:-1]), strict=True)]
+
+    def _size(self, row: int) -> tuple[int, int]:
+        """Height and width of a row's samples."""
+        return self._sizes[0 if self._size_of is None else self._size_of[row]]
+
+    def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> "_Sample":
         """Crops and flips pixels [C, H, W] that just cover a sample, and scales them to [-1, 1]."""
-        height, width = self._options.height_width
+        height, width = self._size(row)
         spare_y, spare_x = pixels.shape[1] - height, pixels.shape[2] - width
         u = uniforms(3, self._seed, epoch, row)
         if self._options.crop == "random":
@@ -107,15 +137,16 @@ class ImageData:
             y, x = spare_y // 2, spare_x // 2
         sample = torch.from_numpy(pixels[:, y : y + height, x : x + width].copy())
         sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
-        return sample.flip(2) if self._options.flip and u[2] < 0.5 else sample
+        sizes = [*self._index.sides[row].tolist(), y, x, height, width]
+        if self._options.flip and u[2] < 0.5:
+            return _Sample(row, sample.flip(2), [*sizes[:3], spare_x - x, *sizes[4:]])
+        return _Sample(row, sample, sizes)
 
     def _decoded(self, row: int) -> NDArray[np.generic]:
         if row in self._kept:
             return self._kept[row]
-        options = self._options
-        pixels = decode(
-            self._encoded(row), self._rows.name(row), options.height_width, options.channels, self._background
-        )
+        channels = self._options.channels
+        pixels = decode(self._encoded(row), self._rows.name(row), self._size(row), channels, self._background)
         worker = get_worker_info()  # the workers of a process share its limit
         if self._kept_bytes + pixels.nbytes <= KEEP_BYTES // (1 if worker is None else worker.num_workers):
             self._kept[row] = pixels
@@ -166,7 +197,7 @@ class ImageData:
         long = np.flatnonzero(self._resized_pixels() > MAX_PIXELS)
         if len(long):
             height, width = index.sides[long[0]].tolist()
-            covers = covering(height, width, self._options.height_width)
+            covers = covering(height, width, self._size(int(long[0])))
             raise InputError(
                 f"{self.name}: {len(long)} of {total} images have an extreme aspect ratio: {self._names(long)}; the "
                 f"first, of {width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, more than "
@@ -176,7 +207,8 @@ class ImageData:
     def _resized_pixels(self) -> NDArray[np.float64]:
         """The number of pixels of each image after resizing, [N]."""
         sides = self._index.sides.clip(1).astype(np.float64)
-        return np.max(self._options.height_width / sides, axis=1) ** 2 * sides.prod(axis=1)
+        sizes = np.array(self._sizes)[[0] if self._size_of is None else self._size_of]
+        return np.max(sizes / sides, axis=1) ** 2 * sides.prod(axis=1)
 
     def _names(self, rows: NDArray[np.int64]) -> str:
         return ", ".join(map(self._rows.name, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")
@@ -194,12 +226,24 @@ class ImageData:
             printing.warn(f"{count} and are skipped: {names}")
 
 
+class _Sample(NamedTuple):
+    """An image as it is used in one epoch."""
+
+    row: int
+    pixels: Tensor  # [C, H, W]
+    sizes: list[int]  # see `protocols.Conditioning`; the left of the crop is that in the flipped image
+
+
 _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]
 
 
-def _digest(index: ImageIndex, options: ImageOptions, background: Colour | None) -> str:
+def _digest(
+    index: ImageIndex, options: ImageOptions, background: Colour | None, sizes: Sequence[tuple[int, int]]
+) -> str:
     """SHA-256 over the stored bytes of the images, their labels and the options that change samples."""
     content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
+    if options.buckets is not None:
+        content.update(repr(sizes).encode())
     if background is not None:
         content.update(repr(background).encode())
     if index.captions is not None:

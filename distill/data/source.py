@@ -22,6 +22,13 @@ class Items(NamedTuple):
     sizes: Tensor | None = None  # [n, 6] int64, see `protocols.Conditioning`
 
 
+class Bucket(NamedTuple):
+    """All items of one size."""
+
+    shape: tuple[int, ...]  # of one sample
+    items: NDArray[np.int64] | range  # [n], their indices; may be empty
+
+
 @runtime_checkable
 class DataSet(Protocol):
     """Samples with labels. A sample depends only on (epoch, index)."""
@@ -29,9 +36,9 @@ class DataSet(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def shape(self) -> tuple[int, ...]: ...  # of one sample; with buckets, of one in their `size`
+    def shape(self) -> tuple[int, ...]: ...  # of one sample; with buckets, of those in the bucket of data.size
     @property
-    def buckets(self) -> Sequence[NDArray[np.int64]] | None: ...  # the items of each size; None: all have `shape`
+    def buckets(self) -> Sequence[Bucket] | None: ...  # None: all samples have `shape`
     @property
     def num_classes(self) -> int | None: ...  # or the number of prompts; None: unconditional
     @property
@@ -68,12 +75,15 @@ class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 
     `order.BatchOrder` defines the order of the items. Any process can read any rows of any step.
+
+    labels, sizes: whether the condition of a batch has the labels and the sizes of its samples, if the data has them.
     """
 
-    def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True) -> None:
-        self.data, self.batch_size, self.seed, self.labels = data, batch_size, seed, labels
+    def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True, sizes: bool = False) -> None:
+        self.data, self.batch_size, self.seed, self.labels, self.sizes = data, batch_size, seed, labels, sizes
+        buckets = None if data.buckets is None else [each.items for each in data.buckets]
         shards = data.shards if isinstance(data, ShardedData) else None
-        self._order = BatchOrder(streams(len(data), data.buckets, shards, seed), batch_size, seed)
+        self._order = BatchOrder(streams(len(data), buckets, shards, seed), batch_size, seed)
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """Returns these rows of the global batch of `step`, on the CPU."""
@@ -82,10 +92,9 @@ class DataSource:
                 f"rows of a batch of {rows.total} were asked from a source of batches of {self.batch_size}"
             )
         parts = [self.data.items(epoch, indices) for epoch, indices in self._order.items(step, rows)]
-        cond = {}
-        if self.labels:
-            found = {"class_labels": [each.labels for each in parts], "sizes": [each.sizes for each in parts]}
-            cond = {
-                name: torch.cat(known) for name, each in found.items() if (known := [t for t in each if t is not None])
-            }
+        found = {
+            "class_labels": [each.labels for each in parts if self.labels],
+            "sizes": [each.sizes for each in parts if self.sizes],
+        }
+        cond = {name: torch.cat(known) for name, each in found.items() if (known := [t for t in each if t is not None])}
         return Batch(torch.cat([each.samples for each in parts]), None, cond)

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
 from distill.core.field_types import FrozenModel
 from distill.core.text import printable
+from distill.spec import bucketing
 
 SideLength = Annotated[int, Field(ge=1, le=16384)]  # length of a side
 Level = Annotated[int, Field(ge=0, le=255)]  # one channel of a colour
@@ -59,6 +60,28 @@ def _other_form(valid: str) -> PydanticCustomError:
     return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
 
 
+class Buckets(FrozenModel):
+    """Samples of several sizes with nearly the same area. Each image belongs to the size of the most similar aspect
+    ratio; a batch has images of one size.
+    """
+
+    step: SideLength = 64
+    """height and width of each size are multiples of it"""
+    max_aspect: Annotated[float, Field(gt=1, le=100)] = 2.0
+    """the longer side of a size is at most this many times the shorter one"""
+
+
+def _fits(given: Buckets | None, info: ValidationInfo) -> Buckets | None:
+    """ValueError if there are no other sizes than the data's, or if it is none of them."""
+    if given is not None and "size" in info.data:
+        bucketing.checked(_sides(info.data["size"]), given.step, given.max_aspect)
+    return given
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 class ImageOptions(FrozenModel):
     """How images become tensors in [-1, 1]."""
 
@@ -78,11 +101,20 @@ class ImageOptions(FrozenModel):
         None
     )
     """background for transparent images: white, black or [red, green, blue]; null: transparent images are an error"""
+    buckets: Annotated[Buckets | None, AfterValidator(_fits)] = None
+    """train on images of several aspect ratios, with 0.9 to 1 times the area of size; null: all have this size"""
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """Height and width of a sample in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
+        """Height and width of a sample in pixels; with buckets, of one in the bucket of `size`."""
+        return _sides(self.size)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of the samples of each bucket, from the widest to the highest; without buckets, one size."""
+        if self.buckets is None:
+            return [self.height_width]
+        return bucketing.sizes(self.height_width, self.buckets.step, self.buckets.max_aspect)
 
     def refuse_hidden_place(self) -> None:
         """Raise InputError if it cannot be found out whether the path exists, as without permission."""

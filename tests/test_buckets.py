@@ -1,0 +1,154 @@
+"""Buckets of images: their sizes, which image belongs to which, and what their samples are."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill import data
+from distill.data import DataSource
+from distill.data.aspects import nearest
+from distill.flow.draws import Rows
+from distill.spec import bucketing
+from distill.spec.model import ImagesData
+
+# The sizes of SDXL (Podell et al. 2023, appendix I), from the widest to the square, as height and width.
+SDXL = [
+    *((512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664)),
+    *((640, 1600), (640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280)),
+    *((832, 1216), (832, 1152), (896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024)),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(data, "_LOADED", {})
+
+
+def images(path: Path, **fields) -> ImagesData:
+    buckets = {"step": 8, "max_aspect": 4.0}
+    return ImagesData(kind="images", path=str(path), **{"size": 32, "buckets": buckets, "channels": 1, **fields})
+
+
+def folder(root: Path, *sizes: tuple[int, int]) -> Path:
+    """Grey pictures of these sizes (width, height), each with its row times 10 in all pixels."""
+    for i, size in enumerate(sizes):
+        Image.new("L", size, 10 * i).save(root / f"{i:02}.png")
+    return root
+
+
+def test_the_sizes_of_sdxl_and_their_transposes():
+    assert bucketing.sizes((1024, 1024), 64, 4.0) == SDXL + [(width, height) for height, width in SDXL[-2::-1]]
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "most", "expected"),
+    [
+        ((256, 256), 64, 2.0, [(192, 320), (256, 256), (320, 192)]),
+        ((8, 8), 2, 2.0, [(6, 10), (8, 8), (10, 6)]),
+        ((512, 768), 128, 1.5, [(512, 768), (768, 512)]),
+        ((60, 60), 20, 3.0, [(60, 60)]),
+        (
+            (30, 30),
+            1,
+            1.04,
+            [(28, 29), (29, 30), (30, 30), (30, 29), (29, 28)],
+        ),  # not 29x29: its aspect ratio is that of 30x30
+    ],
+)
+def test_sizes_have_nearly_the_area_of_the_data_and_the_sides_and_aspects_that_are_allowed(size, step, most, expected):
+    assert bucketing.sizes(size, step, most) == expected
+
+
+def test_an_image_belongs_to_the_nearest_aspect_ratio_and_of_two_to_the_squarer():
+    sizes = [(8, 32), (16, 16), (32, 8)]  # aspect ratios 1/4, 1, 4
+    sides = [(1, 9), (100, 201), (100, 200), (50, 100), (100, 199), (7, 7), (200, 100), (2001, 1000), (1, 1000), (0, 0)]
+    assert nearest(np.array(sides, np.int32), sizes).tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 0, 0]
+    assert nearest(np.array([(5, 5), (4, 5), (5, 4)]), [(4, 9), (9, 4)]).tolist() == [0, 0, 1]
+    draws = np.random.default_rng(0).integers(1, 5000, (500, 2), dtype=np.int32)
+    sizes = bucketing.sizes((1024, 1024), 64, 4.0)
+    for (height, width), found in zip(draws.tolist(), nearest(draws, sizes).tolist(), strict=True):
+        distances = [abs(math.log(height / width) - math.log(h / w)) for h, w in sizes]
+        assert distances[found] == pytest.approx(min(distances), abs=1e-8)
+
+
+def test_every_image_is_in_the_bucket_of_its_aspect_ratio(tmp_path):
+    spec = images(folder(tmp_path, (32, 32), (100, 50), (9, 40), (400, 200), (31, 30), (10, 40)))
+    loaded = data.load_data(spec, 0)
+    assert loaded.shape == (1, 32, 32) and len(loaded) == 6
+    found = {each.shape: each.items.tolist() for each in loaded.buckets if len(each.items)}
+    assert found == {(1, 24, 40): [1, 3], (1, 32, 32): [0, 4], (1, 64, 16): [2, 5]}
+    assert (
+        [each.shape[1:] for each in loaded.buckets] == spec.sizes == [(16, 64), (24, 40), (32, 32), (40, 24), (64, 16)]
+    )
+    for shape, items in found.items():
+        samples = loaded.items(0, items).samples
+        assert samples.shape == (len(items), *shape)
+        assert ((samples + 1) * 127.5).flatten(1).round().unique(dim=1).flatten().tolist() == [10 * i for i in items]
+    with pytest.raises(ValueError, match=r"images of several buckets were asked for: \[\(1, 24, 40\), \(1, 32, 32\)\]"):
+        loaded.items(0, [0, 1])
+
+
+def test_batches_of_a_source_are_of_one_bucket(tmp_path):
+    loaded = data.load_data(images(folder(tmp_path, (32, 32), (100, 50), (9, 40), (400, 200), (31, 30), (10, 40))), 0)
+    source, shapes = DataSource(loaded, 4, 0), []
+    for step in range(6):
+        batch = source.batch(step, Rows(0, 4, 4))
+        values = ((batch.data + 1) * 127.5).flatten(1).round()
+        assert values[:, 0].unique().numel() == 2  # both images of the bucket, twice each
+        shapes.append(tuple(batch.data.shape[1:]))
+    assert sorted(shapes) == [(1, 24, 40)] * 2 + [(1, 32, 32)] * 2 + [(1, 64, 16)] * 2  # after four epochs
+
+
+def test_a_damaged_image_is_replaced_by_one_of_its_bucket(tmp_path):
+    folder(tmp_path, (32, 32), (100, 50), (40, 40), (400, 200), (33, 33), (200, 100))
+    noise = np.random.default_rng(0).integers(0, 256, (50, 100), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "03.png")
+    content = bytearray((tmp_path / "03.png").read_bytes())
+    content[2000:2100] = bytes(100)  # in the middle: the header and the end are fine
+    (tmp_path / "03.png").write_bytes(content)
+    loaded = data.load_data(images(tmp_path, max_unreadable=1), 0)
+    samples = loaded.items(0, [1, 3, 5]).samples
+    assert ((samples[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [10, 50, 50]
+
+
+def test_the_digest_is_that_of_the_sizes(tmp_path):
+    folder(tmp_path, (32, 32), (100, 50))
+    digests = [
+        data.load_data(images(tmp_path, buckets=buckets), 0).digest
+        for buckets in (
+            None,
+            {"step": 8, "max_aspect": 4.0},
+            {"step": 8, "max_aspect": 3.9},
+            {"step": 8},
+            {"step": 16, "max_aspect": 4.0},
+        )
+    ]
+    assert len(set(digests)) == 4 and digests[2] != digests[1]  # with 3.9 and 4, there are 3 and 5 sizes
+
+
+def test_sizes_of_samples_are_those_before_and_after_resizing_and_cropping(tmp_path):
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (50, 1))  # columns of one value
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    whole = data.load_data(images(tmp_path), 0).items(0, [0])
+    assert whole.sizes.tolist() == [[50, 100, 0, 4, 24, 40]]  # 24x48 in the middle
+    assert whole.sizes.dtype == torch.int64
+    loaded = data.load_data(images(tmp_path, crop="random", flip=True), 0)
+    values = (loaded.items(0, [0]).samples + 1) * 127.5
+    seen = set()
+    for epoch in range(40):
+        sample, _, sizes = loaded.items(epoch, [0])
+        values = ((sample[0, 0, 0] + 1) * 127.5).tolist()
+        flipped = values[0] > values[-1]
+        left = sizes[0, 3].item()
+        # Column c of the resized image, 48 wide, has about the value 100 (c + 1/2) / 48 - 1/2; flipped, that of 47 - c.
+        column = 47 - left if flipped else left
+        assert values[0] == pytest.approx(100 * (column + 0.5) / 48 - 0.5, abs=1.1)
+        assert sizes.tolist() == [[50, 100, 0, left, 24, 40]]
+        seen.add((flipped, left))
+    assert len(seen) > 10
