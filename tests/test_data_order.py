@@ -123,3 +123,13 @@ def test_the_batches_of_a_source_have_one_shape_with_labels_and_sizes_in_their_r
         assert found.cond["sizes"].tolist() == [[height] * 6] * SIZE
         assert torch.equal(source.batch(step, Rows(1, 3, SIZE)).data, found.data[1:3])
     assert heights == {2, 3, 4, 6, 7}
+
+
+def test_the_largest_batch_is_the_first_of_the_bucket_of_the_largest_samples():
+    source = DataSource(Sided(), SIZE, 3)
+    heights = [source.batch(step, Rows(0, SIZE, SIZE)).data.shape[2] for step in range(40)]
+    assert source.largest_step == heights.index(7)
+    for number, bucket in enumerate(BUCKETS):
+        if bucket:
+            found = order().first_step(number)
+            assert [bucket_of(batch(order(), step)) == number for step in range(found + 1)] == [False] * found + [True]

@@ -116,7 +116,10 @@ def teacher(given: str, store: Path) -> TeacherSpec:
 def data(given: str) -> DataSpec:
     """Real data, given as the name of its kind or as YAML."""
     content = yamltext.parse(given, "--data") if is_yaml(given) else {"kind": given}
-    return _part({"data": content}).data
+    found = _part({"data": content}).data
+    if found != dataspec.in_one_size(found):
+        raise InputError("--data: buckets have no effect here, because only training uses them; remove them")
+    return found
 
 
 def _part(content: dict[str, object]) -> RunSpec:
@@ -149,8 +152,8 @@ def teacher_of_run(student: Path) -> TeacherSpec | None:
 
 
 def data_of(student: Path) -> DataSpec:
-    """The data in the spec of the student's run."""
-    return _spec_of(student, "--data")[0].data
+    """The data in the spec of the student's run, without buckets."""
+    return dataspec.in_one_size(_spec_of(student, "--data")[0].data)
 
 
 def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:

@@ -42,16 +42,21 @@ class Shuffled:
 
 def streams(
     count: int,
-    buckets: Sequence[NDArray[np.int64]] | None,
+    buckets: Sequence[NDArray[np.int64] | range] | None,
     shards: Sequence[Sequence[range]] | None,
     seed: int,
 ) -> list[ItemStream]:
-    """The streams of a data set of `count` items. See `DataSet.buckets` and `ShardedData.shards`."""
+    """The stream of each bucket of a data set of `count` items.
+
+    buckets: the items of each, as in `DataSet.buckets`. shards: see `ShardedData.shards`.
+    """
     if shards is not None:
         return [ShardOrder(each, seed, "data", bucket) for bucket, each in enumerate(shards)]
-    if buckets is None or len(filled := [each for each in buckets if len(each)]) == 1:
-        return [Shuffled(np.arange(count) if buckets is None else filled[0], seed)]
-    return [Shuffled(each, seed, "bucket", bucket) for bucket, each in enumerate(filled)]
+    if buckets is None:
+        return [Shuffled(np.arange(count), seed)]
+    if sum(len(each) > 0 for each in buckets) == 1:
+        return [Shuffled(np.asarray(each), seed) for each in buckets]
+    return [Shuffled(np.asarray(each), seed, "bucket", bucket) for bucket, each in enumerate(buckets)]
 
 
 class BatchOrder:
@@ -72,12 +77,13 @@ class BatchOrder:
     """
 
     def __init__(self, streams: Sequence[ItemStream], batch_size: int, seed: int) -> None:
-        self._streams = [each for each in streams if len(each)]
+        self._numbers = [number for number, each in enumerate(streams) if len(each)]
+        self._streams = [streams[number] for number in self._numbers]
         if not self._streams:
             raise ValueError("the order of a data set without items was asked for")
         self._batch_size, self._seed = batch_size, seed
         self._turns: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        """an epoch; the bucket of each of its batches; which batch of its bucket in this epoch that is"""
+        """an epoch, and what `_in_epoch` returns for it"""
 
     def items(self, step: int, rows: Rows) -> list[tuple[int, list[int]]]:
         """The items in these rows of the batch of `step`: indices of items, with the epoch of the bucket's stream."""
@@ -93,6 +99,15 @@ class BatchOrder:
             position += last - first
         return parts
 
+    def first_step(self, number: int) -> int:
+        """The step of the first batch of a bucket, which must have items. number: its position in `streams`."""
+        bucket = self._numbers.index(number)
+        if len(self._streams) == 1:
+            return 0
+        epoch = -(-self._batch_size // len(self._streams[bucket])) - 1  # the first at whose end there is a whole batch
+        buckets, _ = self._in_epoch(epoch)
+        return sum(self._before(epoch)) + int(np.argmax(buckets == bucket))
+
     def _find(self, step: int) -> tuple[int, int]:
         """The bucket of the batch of `step`, and which batch of this bucket it is."""
         if len(self._streams) == 1:
@@ -100,17 +115,21 @@ class BatchOrder:
         total, count, size = sum(map(len, self._streams)), len(self._streams), self._batch_size
         low, high = step * size // total, (step + 1 + count) * size // total + 1
         epoch = low + bisect_right(range(low, high + 1), step, key=lambda e: sum(self._before(e))) - 1
-        before = self._before(epoch)
+        before, (buckets, batches) = self._before(epoch), self._in_epoch(epoch)
+        turn = step - sum(before)
+        bucket = int(buckets[turn])
+        return bucket, before[bucket] + int(batches[turn])
+
+    def _in_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The bucket of each batch of an epoch, and which batch of its bucket in this epoch that is."""
         if self._turns is None or self._turns[0] != epoch:
-            counts = [after - begun for after, begun in zip(self._before(epoch + 1), before, strict=True)]
+            counts = [b - a for a, b in zip(self._before(epoch), self._before(epoch + 1), strict=True)]
             order = permutation(sum(counts), self._seed, "turns of buckets", epoch).numpy()
-            buckets = np.repeat(np.arange(count), counts)[order]
+            buckets = np.repeat(np.arange(len(counts)), counts)[order]
             batches = np.empty_like(buckets)
             batches[np.argsort(buckets, kind="stable")] = np.concatenate([np.arange(n) for n in counts])
             self._turns = epoch, buckets, batches
-        turn = step - sum(before)
-        bucket = int(self._turns[1][turn])
-        return bucket, before[bucket] + int(self._turns[2][turn])
+        return self._turns[1:]
 
     def _before(self, epoch: int) -> list[int]:
         """How many batches of each bucket come before this epoch."""

@@ -1,5 +1,6 @@
 """An endless stream of batches of real data, which any number of processes can read."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -84,6 +85,12 @@ class DataSource:
         buckets = None if data.buckets is None else [each.items for each in data.buckets]
         shards = data.shards if isinstance(data, ShardedData) else None
         self._order = BatchOrder(streams(len(data), buckets, shards, seed), batch_size, seed)
+
+    @property
+    def largest_step(self) -> int:
+        """A step whose batch needs the most memory: its samples are of the largest size."""
+        sizes = [math.prod(each.shape) if len(each.items) else 0 for each in self.data.buckets or []]
+        return self._order.first_step(sizes.index(max(sizes))) if sizes else 0
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """Returns these rows of the global batch of `step`, on the CPU."""

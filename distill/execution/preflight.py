@@ -13,7 +13,7 @@ import torch
 from distill import teachers
 from distill.core.errors import InputError
 from distill.data import DataSet, load_data
-from distill.data.encoded import sample_shape
+from distill.data.encoded import codec_of, sample_shape
 from distill.execution import sources
 from distill.flow.codecs import PIXELS
 from distill.flow.interpolants import linear
@@ -22,7 +22,7 @@ from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import pairspec, registry
 from distill.spec.kinds import STUDENTS
-from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
 from distill.students import native, sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
@@ -31,6 +31,7 @@ from distill.teachers import LoadedTeacher
 from distill.teachers.codecs import LatentCodec
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField
 from distill.teachers.of_students import weak_teacher
+from distill.teachers.sample_sizes import obstacle
 
 CPU = torch.device("cpu")
 Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
@@ -157,7 +158,31 @@ def start(
     shape = samples.shape
     if data is not None and samples is data:
         shape = sample_shape(data, PIXELS if known is None else known.codec)
-    return StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
+    init = StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
+    if data is not None and "data" in recipe.needs:
+        _check_buckets(init, data)
+    return init
+
+
+def _check_buckets(init: StudentInit, data: DataSet) -> None:
+    """InputError if a network of a train stage cannot be called with the samples of one of the data's buckets."""
+    copied = init.source if init.network is None and init.source is not init.teacher else None
+    halvings = len(init.network.channels) - 1 if isinstance(init.network, UNetSpec) else 0
+    for bucket in (each for each in data.buckets or [] if len(each.items)):
+        size = f"{bucket.shape[1]}x{bucket.shape[2]} (height x width)"
+        remedy = "change data.buckets.step or data.buckets.max_aspect"
+        try:
+            shape = codec_of(data, init.codec).shape(bucket.shape)
+        except InputError as error:
+            raise InputError(f"data.buckets: images of {size} cannot be encoded: {error}") from error
+        for each in (init.teacher, copied):
+            if each is not None and each.network is not None and (why := obstacle(each.network, shape)):
+                raise InputError(f"data.buckets: {each.description} takes no images of {size}: {why}; {remedy}")
+        if any(side % (1 << halvings) for side in shape[1:]):
+            raise InputError(
+                f"data.buckets: network.channels halves the samples {halvings} times, but those of images of {size} "
+                f"have the shape {list(shape)}; give fewer channels, or {remedy}"
+            )
 
 
 def _build(

@@ -22,6 +22,7 @@ from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
+from distill.spec.dataspec import in_one_size
 from distill.spec.kinds import AUTO, FITTED
 from distill.spec.model import (
     OF_DATA,
@@ -73,7 +74,8 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
     place = run.root if indexed else run.root.parent
-    data = load_data(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
+    read = spec.data if isinstance(stage, TrainStage) else in_one_size(spec.data)
+    data = load_data(read, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     places = {"data": spec.data.path if isinstance(spec.data, ImageOptions) else spec.data.kind}
     if (used := given.get("teacher")) is not None:

@@ -11,7 +11,7 @@ import torch
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
 from distill.core.text import one_line
-from distill.data import DataSet
+from distill.data import DataSet, DataSource
 from distill.data.encoded import codec_of
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
@@ -186,6 +186,7 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
         device=work.device,
         world=work.world,
         recompute=launch.activation_checkpointing,
+        step=0 if training.data is None else DataSource(training.data, stage.batch_size, work.seed).largest_step,
     )
 
 

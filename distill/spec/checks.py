@@ -88,6 +88,8 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         yield "teacher: no stage uses it, so it has no effect; remove it"
     if not isinstance(spec.data, NoData) and "data" not in used:
         yield "data: no stage uses it, so it has no effect; remove it"
+    else:
+        yield from trainspec.buckets(found)
 
 
 def references(stage: Stage) -> list[tuple[str, str, str]]:

@@ -225,3 +225,8 @@ def mistakes(data: DataSpec) -> Iterator[str]:
         )
     if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
         yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"
+
+
+def in_one_size(data: DataSpec) -> DataSpec:
+    """The data without buckets: all samples have the size `data.size`, as evaluations need it."""
+    return data.model_copy(update={"buckets": None}) if isinstance(data, ImageOptions) else data

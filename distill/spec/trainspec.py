@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from distill.spec.model import (
     ImageOptions,
     MlpSpec,
+    PairsStage,
     RunSpec,
     TrainStage,
     UNetSpec,
@@ -29,7 +30,7 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
     spec, vectors = found.spec, found.has_exact_teacher(stage)
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImageOptions):
-        sides = list(dict.fromkeys(spec.data.height_width))
+        sides = list(dict.fromkeys(side for size in spec.data.sizes for side in size))
     if (size := parameters(network)) > MAX_PARAMETERS:
         yield f"{where}: about {size:,} parameters, more than the maximum of {MAX_PARAMETERS:,}; make it smaller"
     if isinstance(network, MlpSpec):
@@ -43,13 +44,28 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
     for channels in network.channels:
         if channels % network.norm_groups:
             yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
-    for side in sides:
-        if network.channels and side % 2 ** (len(network.channels) - 1):
-            halvings = len(network.channels) - 1
-            yield (
-                f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, but their side of "
-                f"{side} is not divisible by {2**halvings}; give fewer resolutions"
-            )
+    halvings = max(len(network.channels) - 1, 0)
+    for side in [each for each in sides if each % 2**halvings][:2]:
+        yield (
+            f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, but their side of "
+            f"{side} is not divisible by {2**halvings}; give fewer resolutions"
+        )
+
+
+def buckets(found: Resolved) -> Iterator[str]:
+    """The mistakes in data.buckets: they apply to training on data, and everything else has one size."""
+    data = found.spec.data
+    if not isinstance(data, ImageOptions) or data.buckets is None:
+        return
+    reads = {name: stage for name, stage in found.spec.stages.items() if "data" in found.uses(name)}
+    pairs = [name for name, stage in reads.items() if isinstance(stage, PairsStage)]
+    beside = [name for name in reads if name in found.recipes and "pairs" in found.needs(name)]
+    for name in pairs:
+        yield f"data.buckets: the pairs of stages.{name} start from the data, and pairs have one size; remove buckets"
+    for name in beside:
+        yield f"data.buckets: stages.{name} trains on data and pairs, and pairs have one size; remove buckets"
+    if not pairs and not any(isinstance(stage, TrainStage) for stage in reads.values()):
+        yield "data.buckets: no stage trains on the data, so they have no effect; remove them"
 
 
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ ranks exchange their results. If one of them failed, all continue with a smaller
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from distill.core import records
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 from distill.flow.draws import Rows
-from distill.protocols import Init, Recipe, Source
+from distill.protocols import Batch, Init, Recipe, Source
 from distill.spec.model import TrainStage
 from distill.training import engine
 from distill.training.plain import PLAIN
@@ -40,6 +41,17 @@ class ChosenMicroBatch(BaseModel):
 
 CHOSEN: records.Schema[ChosenMicroBatch] = records.Schema(ChosenMicroBatch)
 REMEDY = "delete this file, so that a new micro-batch is chosen"
+
+
+@dataclass(frozen=True)
+class OneBatch:
+    """The batch of one step of `source`, at every step. Implements `protocols.Source`."""
+
+    source: Source
+    at: int
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        return self.source.batch(self.at, rows)
 
 
 def candidates(share: int, rows_together: int) -> list[int]:
@@ -108,9 +120,14 @@ def largest(
     device: torch.device,
     world: World,
     recompute: bool,
+    step: int = 0,
 ) -> int:
-    """The largest micro-batch with which this stage can be trained; see `choose`. All ranks must call this."""
-    tried = partial(fits, recipe, init, source, stage, seed=seed, device=device, world=world, recompute=recompute)
+    """The largest micro-batch with which this stage can be trained; see `choose`. All ranks must call this.
+
+    step: the step of `source` whose batch needs the most memory.
+    """
+    same = OneBatch(source, step)
+    tried = partial(fits, recipe, init, same, stage, seed=seed, device=device, world=world, recompute=recompute)
     return choose(path, stage.batch_size // world.size, rows_together, world, tried)
 
 
