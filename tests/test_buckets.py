@@ -1,19 +1,32 @@
 """Buckets of images: their sizes, which image belongs to which, and what their samples are."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_teacher_dit as dit
+import test_teacher_sd3 as sd3
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill import data
+from distill.core.stop import StopRequest
 from distill.data import DataSource
 from distill.data.aspects import nearest
+from distill.execution import preflight, sources, stages
 from distill.flow.draws import Rows
-from distill.spec import bucketing
+from distill.networks.edm_unet import DhariwalUNet2DModel
+from distill.networks.two_times import TwoTimes
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.runs.run_store import RunPaths
+from distill.spec import bucketing, checks, specfile
 from distill.spec.model import ImagesData
+from distill.teachers.sample_sizes import obstacle
+from distill.training import micro_batch
 
 # The sizes of SDXL (Podell et al. 2023, appendix I), from the widest to the square, as height and width.
 SDXL = [
@@ -37,6 +50,7 @@ def images(path: Path, **fields) -> ImagesData:
 
 def folder(root: Path, *sizes: tuple[int, int]) -> Path:
     """Grey pictures of these sizes (width, height), each with its row times 10 in all pixels."""
+    root.mkdir(exist_ok=True)
     for i, size in enumerate(sizes):
         Image.new("L", size, 10 * i).save(root / f"{i:02}.png")
     return root
@@ -152,3 +166,78 @@ def test_sizes_of_samples_are_those_before_and_after_resizing_and_cropping(tmp_p
         assert sizes.tolist() == [[50, 100, 0, left, 24, 40]]
         seen.add((flipped, left))
     assert len(seen) > 10
+
+
+# --- networks, stages and memory ---
+
+TRAIN = {"kind": "train", "recipe": "pretrain/flow_matching", "images": 60, "batch_size": 4, "optimizer": {"lr": 1e-3}}
+UNET = {"kind": "unet", "channels": [8, 8], "layers_per_block": 1, "norm_groups": 4, "attention": False}
+
+
+def spec(path: Path, stages: dict[str, object], **fields: object) -> dict[str, object]:
+    given = {"kind": "images", "path": str(path), "size": 8, "channels": 1, "buckets": {"step": 2}}
+    return {"name": "run", "data": {**given, **fields.pop("data", {})}, "stages": stages, **fields}
+
+
+def test_networks_take_the_sizes_that_they_can_halve_or_that_their_pipeline_allows():
+    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+    unet = UNet2DModel(8, 1, 1, block_out_channels=(4, 4, 4), norm_num_groups=2, add_attention=False, **blocks)
+    assert obstacle(unet, (1, 8, 12)) is None
+    with torch.no_grad():
+        assert unet(torch.zeros(1, 1, 8, 12), 0.5).sample.shape == (1, 1, 8, 12)
+    wrong = "its network (UNet2DModel) takes sides that are multiples of 4, and 8x10 are not"
+    assert obstacle(unet, (1, 8, 10)) == wrong
+    edm = DhariwalUNet2DModel(sample_size=8, base_channels=4, channel_multipliers=[1, 2], layers_per_block=1)
+    assert obstacle(edm, (3, 6, 10)) is None
+    with torch.no_grad():
+        assert edm(torch.zeros(1, 3, 6, 10), torch.tensor([0.5])).sample.shape == (1, 3, 6, 10)
+    assert obstacle(edm, (3, 6, 9)).endswith("takes sides that are multiples of 2, and 6x9 are not")
+    assert obstacle(VelocityMLP(dim=64), (1, 8, 8)) == "its network (VelocityMLP) takes samples of one size"
+    square = "height and width give latents of 6x10, but the network (config.json) makes squares only"
+    assert obstacle(dit.pipeline().transformer, (4, 6, 10)) == square
+    network = sd3.pipeline().transformer
+    for wrapped in (TwoTimes(network, ["time_text_embed"], 8), network):
+        assert obstacle(wrapped, (4, 10, 6)) is None
+        assert "has positions for" in obstacle(wrapped, (4, 200, 6))
+        assert "works on patches of 2x2" in obstacle(wrapped, (4, 9, 6))
+
+
+def test_training_on_buckets_and_an_evaluation_in_one_size(tmp_path):
+    """Every batch has one size; an evaluation compares with images of data.size, as without buckets."""
+    place = folder(tmp_path / "images", *[(8, 8), (20, 12), (6, 10), (16, 16), (40, 23)] * 3)
+    evaluation = {"kind": "evaluate", "teacher": "train", "students": {}, "teacher_steps": [], "samples": 16,
+                  "block": 8, "fine_steps": 1}  # fmt: skip
+    stages_of = {"train": {**TRAIN, "network": UNET}, "eval": evaluation}
+    resolved = checks.check(specfile.validate(spec(place, stages_of), "spec"), tmp_path)
+    preflight.check(resolved)
+    paths, shapes = RunPaths(tmp_path / "run"), []
+    paths.root.mkdir()
+
+    def seen(module, inputs):
+        if isinstance(module, UNet2DModel):
+            shapes.append(tuple(inputs[0].shape))
+
+    hook = register_module_forward_pre_hook(seen)
+    try:
+        stages.run(paths, resolved.spec, ["train"], StopRequest())
+    finally:
+        hook.remove()
+    trained = [shape for shape in shapes if shape[0] == 4]
+    assert Counter(trained) == {(4, 1, 6, 10): 6, (4, 1, 8, 8): 6, (4, 1, 10, 6): 3}  # four epochs
+    loaded = sources.load(paths, resolved, "eval", torch.device("cpu"), indexed=False).data
+    assert loaded.buckets is None
+    assert loaded.digest == data.load_data(spec_of(place, None), 0).digest
+
+
+def spec_of(path: Path, buckets: object) -> ImagesData:
+    return ImagesData(kind="images", path=str(path), size=8, channels=1, buckets=buckets)
+
+
+def test_a_micro_batch_is_tried_with_the_largest_samples(tmp_path):
+    folder(tmp_path, *[(20, 12)] * 30, (8, 8))
+    source = DataSource(data.load_data(spec_of(tmp_path, {"step": 2}), 0), 4, 0)
+    assert source.largest_step > 0
+    tried = micro_batch.OneBatch(source, source.largest_step)
+    for step in (0, 1, 7):
+        assert tried.batch(step, Rows(1, 3, 4)).data.shape == (2, 1, 8, 8)
+    assert source.batch(0, Rows(0, 4, 4)).data.shape == (4, 1, 6, 10)
