@@ -49,6 +49,15 @@ def tars(path: str, **fields) -> dict[str, object]:
     return {"kind": "tars", "path": path, "size": 8, **fields}
 
 
+def bucketed(size: object = (32, 48), **fields: object) -> dict[str, object]:
+    return {"kind": "images", "path": "x", "size": list(size) if isinstance(size, tuple) else size, "buckets": fields}
+
+
+def wide() -> None:
+    Path("y").mkdir()
+    Image.new("L", (65000, 1)).save("y/wide.png")
+
+
 def one() -> None:
     write(Path("a.tar"), sample("1", 1, txt="one", cls="0", json='{"id": 3, "text": "one"}'))
 
@@ -75,6 +84,48 @@ def compressed(name: str, content: bytes) -> Callable[[], None]:
 
 
 CASES = {
+    "step of buckets": (
+        nothing,
+        bucketed(step=24),
+        "spec: data.buckets: step=24 does not divide the sides of data.size, 32x48; change either",
+    ),
+    "buckets of a narrower aspect ratio": (
+        nothing,
+        bucketed(step=8, max_aspect=1.4),
+        "spec: data.buckets: max_aspect=1.4 is less than the aspect ratio of data.size, 32x48; increase it",
+    ),
+    "one bucket": (
+        nothing,
+        bucketed(step=16, max_aspect=1.6, size=32),
+        "spec: data.buckets: step=16 and max_aspect=1.6 allow only the size 32x32, so there is one bucket; decrease "
+        "step, increase max_aspect, or remove buckets",
+    ),
+    "too many buckets": (
+        nothing,
+        bucketed(step=1, size=1024),
+        "spec: data.buckets: step=1 gives more than 1,000 sizes; increase it",
+    ),
+    "buckets of squares": (
+        nothing,
+        bucketed(max_aspect=1),
+        "spec: data.buckets.max_aspect: 1 given; must be greater than 1",
+    ),
+    "buckets without a mapping": (
+        nothing,
+        {**tars("x"), "buckets": True},
+        "spec: data.buckets: true given; must be a mapping",
+    ),
+    "unknown option of buckets": (
+        nothing,
+        bucketed(aspect=2),
+        "spec: data.buckets.aspect: unknown key; did you mean 'max_aspect'? valid: max_aspect, step",
+    ),
+    "extreme aspect ratio with buckets": (
+        wide,
+        {**bucketed((64, 96), step=16), "path": "y"},
+        "y: 1 of 1 images have an extreme aspect ratio: {tmp}/y/wide.png (row 0); the first, of 65000 x 1 pixels, "
+        "would be resized to 4160000 x 64, more than 67,108,864 pixels; crop or remove them",
+    ),
     "no tars": (
         nothing,
         tars("x"),

@@ -10,10 +10,13 @@ import test_teacher_dit as dit
 import test_teacher_sd3 as sd3
 import torch
 from diffusers import UNet2DModel
+from latent import write
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from distill import data
+from distill.cli import arguments
+from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.data import DataSource
 from distill.data.aspects import nearest
@@ -50,7 +53,7 @@ def images(path: Path, **fields) -> ImagesData:
 
 def folder(root: Path, *sizes: tuple[int, int]) -> Path:
     """Grey pictures of these sizes (width, height), each with its row times 10 in all pixels."""
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     for i, size in enumerate(sizes):
         Image.new("L", size, 10 * i).save(root / f"{i:02}.png")
     return root
@@ -241,3 +244,91 @@ def test_a_micro_batch_is_tried_with_the_largest_samples(tmp_path):
     for step in (0, 1, 7):
         assert tried.batch(step, Rows(1, 3, 4)).data.shape == (2, 1, 8, 8)
     assert source.batch(0, Rows(0, 4, 4)).data.shape == (4, 1, 6, 10)
+
+
+PAIRS = {"kind": "pairs", "count": 8, "paths": "segments", "times": [1, 0.5, 0], "teacher": "train"}
+ON_BOTH = {**TRAIN, "recipe": "reflow/reflow", "options": {"data_weight": 0.5}, "pairs": "pairs", "teacher": "train"}
+BACKWARD = {"kind": "pairs", "count": 8, "teacher": "train"}
+TRAINED = {**TRAIN, "network": UNET}
+DEEP = {**UNET, "channels": [8] * 4}
+
+
+@pytest.mark.parametrize(
+    ("stages_of", "fields", "said"),
+    [
+        (
+            {"train": TRAINED, "pairs": PAIRS},
+            {},
+            "data.buckets: the pairs of stages.pairs start from the data, and pairs have one size; remove buckets",
+        ),
+        (
+            {"train": TRAINED, "pairs": BACKWARD, "both": ON_BOTH},
+            {},
+            "data.buckets: stages.both trains on data and pairs, and pairs have one size; remove buckets",
+        ),
+        (
+            {"eval": {"kind": "evaluate", "students": {}, "teacher_steps": []}},
+            {"teacher": {"kind": "gaussian", "mean": [0.0], "std": [1.0]}},
+            "data.buckets: no stage trains on the data, so they have no effect; remove them",
+        ),
+        (
+            {"train": {**TRAIN, "network": DEEP}},
+            {},
+            "stages.train.network.channels: 4 resolutions halve the images 3 times, but their side of 6 is not "
+            "divisible by 8; give fewer resolutions\n  stages.train.network.channels: 4 resolutions halve the images 3 "
+            "times, but their side of 10 is not divisible by 8; give fewer resolutions",
+        ),
+    ],
+)
+def test_stages_that_need_one_size_refuse_buckets(tmp_path, stages_of, fields, said):
+    with pytest.raises(InputError) as caught:
+        checks.check(specfile.validate(spec(tmp_path, stages_of, **fields), "spec"), tmp_path)
+    assert str(caught.value).endswith(said), str(caught.value)
+
+
+def test_commands_for_one_size_refuse_buckets():
+    with pytest.raises(InputError) as caught:
+        arguments.data("{kind: images, path: x, size: 8, buckets: {step: 2}}")
+    said = "--data: buckets have no effect here, because only training uses them; remove them"
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (
+            4,
+            "stages.train: data.buckets: DiTTransformer2DModel from dit takes no images of 12x20 (height x width): "
+            "height and width give latents of 6x10, but the network (config.json) makes squares only; change "
+            "data.buckets.step or data.buckets.max_aspect",
+        ),
+        (
+            1,
+            "stages.train: data.buckets: images of 12x19 (height x width) cannot be encoded: {root}/dit/vae: height "
+            "and width must be multiples of 2, and 12x19 are not; give other sides",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_take_a_bucket_is_named_with_it(tmp_path, step, said):
+    teacher = write(tmp_path / "dit", dit.pipeline(num_embeds_ada_norm=1))
+    folder(tmp_path / "images" / "0", (16, 16), (40, 24) if step == 4 else (19, 12))
+    train = {**TRAIN, "recipe": "score/dmd2"}
+    given = {"size": 16, "channels": 3, "buckets": {"step": step}}
+    given = spec(tmp_path / "images", {"train": train}, data=given, teacher={"path": str(teacher)})
+    with pytest.raises(InputError) as caught:
+        preflight.check(checks.check(specfile.validate(given, "spec"), tmp_path))
+    assert str(caught.value) == said.replace("{root}", str(tmp_path))
+
+
+def test_a_bucket_of_which_no_image_can_be_decoded_is_an_error(tmp_path):
+    folder(tmp_path, (32, 32), (40, 40))
+    noise = np.random.default_rng(0).integers(0, 256, (50, 100), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "03.png")
+    content = bytearray((tmp_path / "03.png").read_bytes())
+    content[2000:2100] = bytes(100)
+    (tmp_path / "03.png").write_bytes(content)
+    loaded = data.load_data(images(tmp_path, max_unreadable=1), 0)
+    with pytest.raises(InputError) as caught:
+        loaded.items(0, [2])
+    said = "none of the 1 images of the bucket 24x40 (height x width) can be decoded; repair or remove them"
+    assert str(caught.value) == f"{tmp_path.name}: {said}"
