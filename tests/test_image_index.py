@@ -419,10 +419,9 @@ def test_an_index_without_orientations_is_made_again(tmp_path):
     root = tmp_path / "data"
     root.mkdir()
     (root / "a.jpg").write_bytes(oriented("JPEG", 6))
-    made = index.make(data._found(images(root)), None, flatten=False)
+    spec = images(root)
+    data.update_index(spec, tmp_path)
+    made, path = kept(tmp_path, spec), index.path(tmp_path, spec)
     assert made.sides.tolist() == [[8, 4]]
-    index.write(tmp_path / "index", made)
-    assert index.read(tmp_path / "index").sides.tolist() == [[8, 4]]
-    old = made.head.model_copy(update={"format": 1})
-    index.write(tmp_path / "index", replace(made, head=old))
-    assert index.read(tmp_path / "index") is None
+    index.write(path, replace(made, head=made.head.model_copy(update={"format": 1})))
+    assert index.read(path) is None
