@@ -13,15 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
+from safetensors.numpy import save_file
 from test_tars import GOOD, LAST, sample, write
 
 from distill import data
 from distill.core.errors import InputError
+from distill.execution import sources
 from distill.spec import dataspec, specfile
+from distill.spec.model import LatentsData
+from distill.teachers import LoadedTeacher
 
 
 def refusal(section: dict[str, object]) -> str:
@@ -83,7 +88,189 @@ def compressed(name: str, content: bytes) -> Callable[[], None]:
     return lambda: Path(name).write_bytes(content) and None
 
 
-CASES = {
+# --- latents ---
+
+Z = np.zeros((4, 2, 8, 8), np.float32)
+
+
+def latents(path: str, **fields) -> dict[str, object]:
+    return {"kind": "latents", "path": path, "scaled": True, **fields}
+
+
+def arrays(**files: object) -> Callable[[], None]:
+    """Writes .npy files; `a/b` is given as a__b."""
+
+    def make() -> None:
+        for name, array in files.items():
+            path = Path(name.replace("__", "/") + ".npy")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)
+
+    return make
+
+
+def tensors(name: str = "a", **named: object) -> Callable[[], None]:
+    return lambda: save_file({key: np.ascontiguousarray(each) for key, each in named.items()}, f"{name}.safetensors")
+
+
+def cut_arrays() -> None:
+    arrays(a=Z)()
+    Path("a.npy").write_bytes(Path("a.npy").read_bytes()[:-100])
+
+
+def cut_tensors() -> None:
+    tensors(latents=Z)()
+    Path("a.safetensors").write_bytes(Path("a.safetensors").read_bytes()[:-100])
+
+
+def longer() -> None:
+    arrays(a=Z)()
+    Path("a.npy").write_bytes(Path("a.npy").read_bytes() + b"12345")
+
+
+def both() -> None:
+    arrays(x__a=Z)()
+    tensors("x/b", latents=Z)()
+
+
+LATENTS = {
+    "no latents": (
+        nothing,
+        latents("x"),
+        "data.path=x does not exist; give a .npy or .safetensors file, or a folder of them",
+    ),
+    "folder without latents": (
+        folder("a.png"),
+        latents("x"),
+        "data.path={tmp}/x contains no .npy and no .safetensors files; give a folder with files of one of these types",
+    ),
+    "both types": (
+        both,
+        latents("x"),
+        "data.path={tmp}/x contains .npy and .safetensors files (a.npy, b.safetensors, ...); give a folder with files "
+        "of one type",
+    ),
+    "archive of arrays": (
+        compressed("a.npz", b""),
+        latents("a.npz"),
+        "data.path={tmp}/a.npz is an archive of arrays; save each with np.save",
+    ),
+    "pickled tensors": (
+        compressed("a.pt", b""),
+        latents("a.pt"),
+        "data.path={tmp}/a.pt is a pickled file, which is never unpickled; save its tensors with "
+        "safetensors.torch.save_file",
+    ),
+    "scaled is missing": (
+        nothing,
+        {"kind": "latents", "path": "x"},
+        "spec: data.scaled: missing (whether they are scaled as the network takes them; false: as the teacher's "
+        "autoencoder returns them)",
+    ),
+    "mixed shapes": (
+        arrays(x__a=Z, x__b=Z[..., :4], x__c=Z[:, :1]),
+        latents("x"),
+        "data.path={tmp}/x: 2 of 3 files have samples of another shape than [2, 8, 8], the shape of the others: b.npy "
+        "[2, 8, 4], c.npy [1, 8, 8]; give latents of one shape",
+    ),
+    "pickled array": (
+        arrays(a=np.array([{}], object)),
+        latents("a.npy"),
+        "{tmp}/a.npy contains Python objects, which are never unpickled; save an array of numbers: np.save(FILE, "
+        "np.stack(LIST))",
+    ),
+    "cut npy": (
+        cut_arrays,
+        latents("a.npy"),
+        "{tmp}/a.npy is not a .npy file, or is damaged or cut (mmap length is greater than file size); copy or make it "
+        "again",
+    ),
+    "longer npy": (
+        longer,
+        latents("a.npy"),
+        "{tmp}/a.npy has 2,181 bytes, but its header says 2,176: it is damaged or cut; copy or make it again",
+    ),
+    "cut safetensors": (
+        cut_tensors,
+        latents("a.safetensors"),
+        "{tmp}/a.safetensors is not a safetensors file, or is damaged or cut (Error while deserializing header: "
+        "incomplete metadata, file not fully covered); copy or make it again",
+    ),
+    "two bad files": (
+        lambda: arrays(x__a=Z, x__b=Z.astype(int), x__c=Z[0, 0, 0, 0])(),
+        latents("x"),
+        "2 of 3 files of data.path={tmp}/x: {tmp}/x/b.npy has the data type int64; latents are float16, bfloat16, "
+        "float32 or float64; {tmp}/x/c.npy has shape []; valid: [N, C, h, w], [N, C, F, h, w] or [N, d]",
+    ),
+    "complex numbers": (
+        arrays(a=Z.astype(np.complex64)),
+        latents("a.npy"),
+        "{tmp}/a.npy has the data type <c8; valid: float16, float32, float64, bool and whole numbers (bfloat16 only in "
+        "safetensors files)",
+    ),
+    "Fortran order": (
+        arrays(a=np.asfortranarray(Z)),
+        latents("a.npy"),
+        "{tmp}/a.npy is in Fortran order, so that reading one sample would read the whole file; save it with "
+        "np.save(FILE, np.ascontiguousarray(ARRAY))",
+    ),
+    "dimensions": (
+        arrays(a=Z[0]),
+        latents("a.npy", one_per_file=False),
+        "{tmp}/a.npy has shape [2, 8, 8]; valid with data.one_per_file: false: [N, C, h, w], [N, C, F, h, w] or [N, d]",
+    ),
+    "empty latents": (
+        arrays(a=Z[:0]),
+        latents("a.npy"),
+        "data.path={tmp}/a.npy contains no samples; give files with latents",
+    ),
+    "odd moments": (
+        arrays(a=Z[:, :1]),
+        latents("a.npy", moments=True),
+        "{tmp}/a.npy has samples of shape [1, 8, 8]; with data.moments: true, half of the channels is the mean and "
+        "half the log variance, so their number must be even",
+    ),
+    "key of npy": (
+        arrays(a=Z),
+        latents("a.npy", key="latents"),
+        "data.key=latents is the name of a tensor, but data.path={tmp}/a.npy has .npy files, whose arrays have no "
+        "names; remove it",
+    ),
+    "several tensors": (
+        tensors(z=Z, y=Z),
+        latents("a.safetensors"),
+        "{tmp}/a.safetensors has the tensors y, z; name the latents in data.key",
+    ),
+    "unknown key": (
+        tensors(z=Z, y=Z),
+        latents("a.safetensors", key="x"),
+        "data.key=x: {tmp}/a.safetensors has no such tensor; valid: y, z",
+    ),
+    "mirrored of another shape": (
+        tensors(z=Z, y=Z[:1]),
+        latents("a.safetensors", mirrored_key="y"),
+        "{tmp}/a.safetensors, tensor y has shape [1, 2, 8, 8], but z [4, 2, 8, 8]; data.mirrored_key needs a mirrored "
+        "one for each sample",
+    ),
+    "labels of another length": (
+        arrays(a=Z, b=np.arange(3)),
+        latents("a.npy", labels="b.npy"),
+        "{tmp}/b.npy has shape [3], but there are 4 samples; give one class id for each sample, in the order of the "
+        "files: [4]",
+    ),
+    "labels that are no ids": (
+        tensors(z=Z, y=np.zeros(4)),
+        latents("a.safetensors", labels="y"),
+        "{tmp}/a.safetensors, tensor y has the data type float64; class ids are whole numbers",
+    ),
+    "negative labels": (
+        arrays(a=Z, b=np.arange(4) - 1),
+        latents("a.npy", labels="b.npy"),
+        "data.labels={tmp}/b.npy: 4 samples have class ids from -1 to 2; valid: 0 to 999 (the number of classes is the "
+        "highest id + 1); number the classes 0, 1, 2 ...",
+    ),
+}
+CASES = LATENTS | {
     "step of buckets": (
         nothing,
         bucketed(step=24),
@@ -464,3 +651,65 @@ def test_data_is_refused_with_exactly_this_message(tmp_path, monkeypatch, case):
     make, section, message = CASES[case]
     make()
     assert refusal(section) == message.replace("{tmp}", str(tmp_path)).replace("{set}", str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("make", "section", "message"),
+    [
+        (
+            arrays(a=np.where(np.arange(4)[:, None, None, None] == 2, np.nan, Z)),
+            latents("a.npy"),
+            "{tmp}/a.npy contains NaN or infinity in sample 2 (rows count from 0); remove this sample, or make it "
+            "again",
+        ),
+        (
+            tensors(z=Z[0], y=np.full((2, 8, 8), np.inf)),
+            latents("a.safetensors", mirrored_key="y"),
+            "{tmp}/a.safetensors, tensor y contains NaN or infinity; remove this sample, or make it again",
+        ),
+    ],
+)
+def test_values_that_are_not_finite_are_refused_where_they_are_read(tmp_path, monkeypatch, make, section, message):
+    monkeypatch.chdir(tmp_path)
+    make()
+    spec = specfile.located(specfile.validate({"name": "x", "stages": {}, "data": section}, "spec"), [Path.cwd()])
+    found = data.load_data(spec.data, 0)
+    with pytest.raises(InputError) as caught:
+        for epoch in range(9):
+            found.items(epoch, range(len(found)))
+    assert str(caught.value) == message.replace("{tmp}", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "message"),
+    [
+        ((4, 3, 8, 8), {}, "[3, 8, 8], but the teacher (a network) takes [4, 8, 8]; give latents of the teacher's "
+         "autoencoder, or another teacher"),
+        ((4, 8, 8, 8), {}, "[8, 8, 8], but the teacher (a network) takes [4, 8, 8]; set data.moments: true if these "
+         "are mean and log variance"),
+        ((4, 4, 8, 4), {}, "[4, 8, 4], but the teacher (a network) takes [4, 8, 8]; give latents of this size, or "
+         "their size in pixels in teacher.size"),
+        ((4, 4, 2, 8, 8), {}, "[4, 2, 8, 8], but the teacher (a network) takes [4, 8, 8]; data.one_per_file: false if "
+         "each file holds many samples"),
+        ((4, 8), {}, "[8], but the teacher (a network) takes [4, 8, 8]; data.one_per_file: true if each file holds one "
+         "sample"),
+    ],
+)  # fmt: skip
+def test_latents_of_another_teacher_are_refused(tmp_path, shape, fields, message):
+    np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
+    teacher = LoadedTeacher(None, (4, 8, 8), None, None, "", "a network")
+    given = data.load_data(LatentsData(**latents(str(tmp_path / "a.npy"))), 0)
+    with pytest.raises(InputError) as caught:
+        sources.check_shapes(teacher, given)
+    assert str(caught.value) == f"data 'a' has latents of shape {message}"
+
+
+def test_latents_of_unknown_scale_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", Z)
+    given = data.load_data(LatentsData(kind="latents", path=str(tmp_path / "a.npy"), scaled=False), 0)
+    with pytest.raises(InputError) as caught:
+        sources.check_shapes(LoadedTeacher(None, (2, 8, 8), None, None, "", "a network"), given)
+    assert str(caught.value) == (
+        "data.scaled=false: the latents of 'a' are not scaled, but the teacher has no autoencoder whose config says "
+        "how its network takes them; give teacher.vae, or scaled latents and data.scaled: true"
+    )

@@ -228,10 +228,10 @@ def test_a_store_that_cannot_keep_an_index_is_no_obstacle(tmp_path, capfd):
     spec = images(folder(tmp_path / "set"))
     data.update_index(spec, store, run)
     said = (
-        f"warning: cannot create {store}/indexes: File exists; nothing was changed; without an image index "
-        "in the store, "
+        f"warning: cannot create {store}/indexes: File exists; nothing was changed; without an index of "
+        "the data in the store, "
     )
-    assert capfd.readouterr().err == said + "each new run reads all images again\n"
+    assert capfd.readouterr().err == said + "each new run reads all files again\n"
     assert data.load_data(spec, 0, run, indexed=True).digest == data.load_data(spec, 0).digest
 
 

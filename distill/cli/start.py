@@ -100,6 +100,7 @@ def create(
     """Create the run of a validated spec, atomically. more: additional files (relative path -> content)."""
     from distill.launch import environment
     from distill.spec import specfile
+    from distill.spec.model import FileData
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
@@ -109,7 +110,7 @@ def create(
         **_own_recipes(source),
         **(more or {}),
     }
-    if source.spec.data.kind in ("images", "tars", "hf"):
+    if isinstance(source.spec.data, FileData):
         from distill import data  # imports torch
 
         run_store.make(folder)

@@ -1,21 +1,37 @@
 """Real data: `load_data` loads a data set, `DataSource` reads it as a stream of batches."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from distill.core import printing
 from distill.core.errors import RunError
-from distill.data import arrays, captions, index, tars
+from distill.data import arrays, captions, index, latent_index, tars
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
+from distill.data.latent_index import LatentIndex
+from distill.data.latents import LatentData
 from distill.data.rows import FileRows, ImageRows
 from distill.data.source import DataSet, DataSource
 from distill.spec import imagefolder
-from distill.spec.model import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, TarsData
+from distill.spec.model import (
+    DataSpec,
+    DigitsData,
+    HfData,
+    ImageOptions,
+    ImagesData,
+    LatentsData,
+    MnistData,
+    TarsData,
+)
 
 __all__ = ["DataSet", "DataSource", "load_data", "update_index"]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with decoded images; shared by all stages of the process
 _INDEXES: dict[Path, ImageIndex] = {}  # by their path relative to a store or a run
+_LATENT_INDEXES: dict[Path, LatentIndex] = {}
+
+Index = TypeVar("Index", ImageIndex, LatentIndex)
 
 
 def load_data(
@@ -36,32 +52,75 @@ def load_data(
             return arrays.mnist()
         case ImagesData() | TarsData() | HfData():
             return _images(spec, seed, folder, keep, indexed)
+        case LatentsData():
+            return _latents(spec, seed, folder, indexed)
     return None
 
 
 def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
-    """Writes the index of an image data set to the store, unless the store has an up-to-date index.
+    """Writes the index of a data set in files to the store, unless the store has an up-to-date index.
 
     run: the folder of a run, which gets its own copy, so that it does not depend on later changes in the store.
 
     If the index cannot be written to the store, only a warning is printed: that copy just saves time in later runs.
     """
-    if not isinstance(spec, ImagesData | TarsData | HfData):
-        return
-    shared = _place(spec, store)
-    own = None if run is None else _place(spec, run)
-    kept = None if own is None else index.read(own)
-    known = kept or index.read(shared)
-    _, now = _indexed(spec, known)
+    match spec:
+        case ImagesData() | TarsData() | HfData():
+
+            def images(known: ImageIndex | None) -> ImageIndex:
+                return _indexed(spec, known)[1]
+
+            _update(lambda folder: _place(spec, folder), index.read, images, index.write, store, run)
+        case LatentsData():
+
+            def latents(known: LatentIndex | None) -> LatentIndex:
+                return _latent_index(spec, known)
+
+            _update(
+                lambda folder: latent_index.path(folder, spec),
+                latent_index.read,
+                latents,
+                latent_index.write,
+                store,
+                run,
+            )
+
+
+def _update(
+    place: Callable[[Path], Path],
+    read: Callable[[Path], Index | None],
+    make: Callable[[Index | None], Index],
+    write: Callable[[Path, Index], None],
+    store: Path,
+    run: Path | None,
+) -> None:
+    """See `update_index`. place: store or run -> path of its index. make: a known index -> that of today."""
+    shared, own = place(store), None if run is None else place(run)
+    kept = None if own is None else read(own)
+    known = kept or read(shared)
+    now = make(known)
     if kept is not None and now.head == kept.head:
         return
     if kept is not None or known is None or now.head != known.head:
         try:
-            index.write(shared, now)
+            write(shared, now)
         except RunError as error:
-            printing.warn(f"{error}; without an image index in the store, each new run reads all images again")
+            printing.warn(f"{error}; without an index of the data in the store, each new run reads all files again")
     if own is not None:
-        index.write(own, now)
+        write(own, now)
+
+
+def _latents(spec: LatentsData, seed: int, folder: Path | None, indexed: bool) -> LatentData:
+    known = None if folder is None else latent_index.read(latent_index.path(folder, spec))
+    found = known if indexed and known is not None else _latent_index(spec, known)
+    return LatentData(Path(spec.path).stem, found, spec, seed)
+
+
+def _latent_index(spec: LatentsData, known: LatentIndex | None) -> LatentIndex:
+    """The index of latents, in which only new and changed files are read."""
+    place = latent_index.path(Path(), spec)
+    _LATENT_INDEXES[place] = latent_index.make(spec, _LATENT_INDEXES.get(place, known))
+    return _LATENT_INDEXES[place]
 
 
 def _images(

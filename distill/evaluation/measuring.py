@@ -25,7 +25,7 @@ from distill.core.png import is_png
 from distill.core.records import read_json, read_small
 from distill.core.stop import StopRequest
 from distill.data import DataSet
-from distill.data.encoded import sample_shape
+from distill.data.encoded import sample_shape, scaled_for
 from distill.evaluation import row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_data, of_exact
@@ -120,7 +120,7 @@ def measure(
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
     exact = exact or teacher.exact_data
     if data is not None:
-        reference = of_data(data, teacher.codec, folder, device)
+        reference = of_data(scaled_for(data, teacher.codec), teacher.codec, folder, device)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)

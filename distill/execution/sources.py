@@ -14,7 +14,7 @@ from distill.core.printing import say_error
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet, load_data
-from distill.data.encoded import codec_of, sample_shape
+from distill.data.encoded import codec_of, sample_shape, scaled_for
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
@@ -28,8 +28,9 @@ from distill.spec.model import (
     OF_DATA,
     CheckpointTeacher,
     EvaluateStage,
+    FileData,
     HfData,
-    ImageOptions,
+    LatentsData,
     PairsStage,
     RunSpec,
     Stage,
@@ -77,7 +78,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     read = spec.data if isinstance(stage, TrainStage) else in_one_size(spec.data)
     data = load_data(read, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
-    places = {"data": spec.data.path if isinstance(spec.data, ImageOptions) else spec.data.kind}
+    places = {"data": spec.data.path if isinstance(spec.data, FileData) else spec.data.kind}
     if (used := given.get("teacher")) is not None:
         places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
     teacher, weak = loaded.get("teacher"), loaded.get("weak")
@@ -113,7 +114,13 @@ def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
     """InputError if the data does not have the teacher's shape and classes. For unused labels see `check_labels`."""
-    if sample_shape(data, teacher.codec) != teacher.shape:
+    shape = sample_shape(data, teacher.codec)
+    if data.encoded and shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has latents of shape {list(shape)}, but the teacher ({teacher.description}) takes "
+            f"{list(teacher.shape)}; {_hint(shape, teacher.shape)}"
+        )
+    if shape != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
             f"makes {list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another "
@@ -149,8 +156,20 @@ def _check_prompts(teacher: LoadedTeacher, name: str, count: int) -> None:
         )
 
 
+def _hint(latents: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What to do about latents of another shape than the teacher's."""
+    if len(latents) != len(wanted):
+        one = "true" if len(latents) < len(wanted) else "false"
+        return f"data.one_per_file: {one} if each file holds {'one sample' if one == 'true' else 'many samples'}"
+    if latents == (2 * wanted[0], *wanted[1:]):
+        return "set data.moments: true if these are mean and log variance"
+    if latents[1:] != wanted[1:] and latents[0] == wanted[0]:
+        return "give latents of this size, or their size in pixels in teacher.size"
+    return "give latents of the teacher's autoencoder, or another teacher"
+
+
 def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
-    """InputError if `data.label_column` or captions have no effect, because the teacher is unconditional; else
+    """InputError if labels or captions of the spec have no effect, because the teacher is unconditional; else
     `note_labels`.
 
     Labels have an effect if there is a new network, which may learn them, or an evaluation, whose features use them.
@@ -161,9 +180,10 @@ def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
             "remove the setting that reads them from data, or give a teacher that takes prompts"
         )
     elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
-    if isinstance(spec.data, HfData) and _left_out(teacher, data) and not elsewhere:
+    given = {HfData: "label_column", LatentsData: "labels"}.get(type(spec.data))
+    if given is not None and _left_out(teacher, data) and not elsewhere:
         raise InputError(
-            f"data.label_column={spec.data.label_column} has no effect: the teacher ({teacher.description}) is "
+            f"data.{given}={getattr(spec.data, given)} has no effect: the teacher ({teacher.description}) is "
             "unconditional; remove it, or give a teacher with classes"
         )
     note_labels(teacher, data)
@@ -249,6 +269,7 @@ class Solving:
             return cls(teacher, stage, seed, device, store=store)
         if data is not None:
             check_shapes(teacher, data)
+            data = scaled_for(data, teacher.codec)
         if stage.dtype == "uint8" and not teacher.codec.is_identity:
             raise InputError(
                 f"dtype: uint8 is for pixels, but the teacher ({teacher.description}) works on latents; valid: "

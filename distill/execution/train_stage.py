@@ -12,7 +12,7 @@ from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
 from distill.core.text import one_line
 from distill.data import DataSet, DataSource
-from distill.data.encoded import codec_of
+from distill.data.encoded import codec_of, scaled_for
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import batches, devices, preflight, sources
@@ -97,6 +97,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         weights=stage.export,
         images=stage.images,
     )
+    data = None if data is None else scaled_for(data, init.codec)
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}

@@ -20,6 +20,7 @@ from distill.spec.model import (
     GaussianTeacher,
     HfData,
     ImagesData,
+    LatentsData,
     MixtureTeacher,
     MlpSpec,
     NoData,
@@ -142,8 +143,9 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         if not local.exists() and not teacher.is_of_hub:
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
     if size and not isinstance(spec.data, NoData):
+        has = "latents" if isinstance(spec.data, LatentsData) else "images"
         yield (
-            f"data: kind {spec.data.kind} has images, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
+            f"data: kind {spec.data.kind} has {has}, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
             f"vectors of {size}; use data: {{kind: none}} or another teacher"
         )
 
@@ -233,6 +235,8 @@ def _has_classes(spec: RunSpec) -> bool:
         return not data.captions and (not data.folder.is_dir() or imagefolder.has_classes(data.folder))
     if isinstance(data, TarsData):
         return data.label_key is not None or data.caption_key is not None
+    if isinstance(data, LatentsData):
+        return data.labels is not None
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 

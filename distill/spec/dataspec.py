@@ -82,6 +82,15 @@ def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def _refuse_hidden(path: str) -> None:
+    try:
+        Path(path).exists()
+    except OSError as error:
+        raise InputError(
+            f"data.path={printable(path)[:300]} cannot be read: {error.strerror}; give another path"
+        ) from error
+
+
 class ImageOptions(FrozenModel):
     """How images become tensors in [-1, 1]."""
 
@@ -118,12 +127,7 @@ class ImageOptions(FrozenModel):
 
     def refuse_hidden_place(self) -> None:
         """Raise InputError if it cannot be found out whether the path exists, as without permission."""
-        try:
-            Path(self.path).exists()
-        except OSError as error:
-            raise InputError(
-                f"data.path={printable(self.path)[:300]} cannot be read: {error.strerror}; give another path"
-            ) from error
+        _refuse_hidden(self.path)
 
 
 class ImagesData(ImageOptions):
@@ -201,7 +205,41 @@ class HfData(ImageOptions):
         return not Path(self.path).exists()
 
 
-DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | TarsData | HfData, Field(discriminator="kind")]
+class LatentsData(FrozenModel):
+    """Latents that others have computed, or any other samples as a network takes them: .npy or .safetensors files. A
+    file holds one sample ([C, h, w]; [C, F, h, w] for video; [d] for vectors), or many ([N, C, h, w] ...)."""
+
+    kind: Literal["latents"]
+    path: str
+    """file, or folder of .npy or of .safetensors files; files in its sub-folders are read too"""
+    scaled: bool
+    """whether they are scaled as the network takes them; false: as the teacher's autoencoder returns them"""
+    key: str | None = None
+    """name of the tensor in safetensors files; null: `latents`, or the only tensor"""
+    mirrored_key: str | None = None
+    """tensor with the latents of the mirrored images, which replace the others with probability 1/2"""
+    labels: str | None = None
+    """class ids: a .npy file with one for each sample, or the name of a tensor in the safetensors files; null: none"""
+    moments: bool = False
+    """whether the first half of the channels is the mean and the second half the log variance; each epoch takes
+    another sample"""
+    one_per_file: bool | None = None
+    """whether each file holds one sample; null: yes for arrays of 1 or 3 dimensions, no for 2, 4 or 5"""
+
+    @property
+    def label_file(self) -> str | None:
+        """The .npy file with the class ids; None: they are in a tensor of the safetensors files, or there are none."""
+        return self.labels if self.labels is not None and self.labels.endswith(".npy") else None
+
+    def refuse_hidden_place(self) -> None:
+        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
+        _refuse_hidden(self.path)
+
+
+FileData = ImageOptions | LatentsData  # data in files, with an index of them (see data/index.py)
+DataSpec = Annotated[
+    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData, Field(discriminator="kind")
+]
 
 
 def has_captions(data: DataSpec) -> bool:

@@ -28,7 +28,18 @@ from distill.core.field_types import (
     VariantName,
 )
 from distill.spec.apportion import rows_by_share
-from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData, TarsData  # noqa: F401  (they are parts of the spec)
+from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
+    DataSpec,
+    DigitsData,
+    FileData,
+    HfData,
+    ImageOptions,
+    ImagesData,
+    LatentsData,
+    MnistData,
+    NoData,
+    TarsData,
+)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
 
 # --- teachers ---

@@ -14,7 +14,7 @@ from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
     EvaluateStage,
-    ImageOptions,
+    FileData,
     RunSpec,
     Stage,
     TrainStage,
@@ -100,8 +100,8 @@ class Resolved:
         return needs if self.spec.stages[name].teacher is None else needs - {"teacher"}
 
     def reads_images(self, name: str) -> bool:
-        """Whether a stage reads image data that needs an image index (kinds images, tars and hf)."""
-        return isinstance(self.spec.data, ImageOptions) and "data" in self.needs(name)
+        """Whether a stage reads data in files, which have an index."""
+        return isinstance(self.spec.data, FileData) and "data" in self.needs(name)
 
 
 def resolve(spec: RunSpec, base: Path) -> Resolved:

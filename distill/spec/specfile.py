@@ -12,7 +12,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.text import expanded, is_text, printable, short
 from distill.spec import overrides, schema
-from distill.spec.model import CheckpointTeacher, ImageOptions, RunSpec, Stage, TarsData, TrainStage
+from distill.spec.model import CheckpointTeacher, FileData, LatentsData, RunSpec, Stage, TarsData, TrainStage
 from distill.spec.overrides import Override
 
 MOST_SHOWN = 20  # mistakes that one message lists
@@ -162,8 +162,11 @@ def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
     if isinstance(spec.data, TarsData) and (pattern := spec.data.pattern) is not None:
         path = f"{absolute(spec.data.folder or '.', folders).rstrip('/')}/{pattern}"
         changed["data"] = spec.data.model_copy(update={"path": path})
-    elif isinstance(spec.data, ImageOptions):
-        changed["data"] = spec.data.model_copy(update={"path": absolute(spec.data.path, folders)})
+    elif isinstance(spec.data, FileData):
+        update = {"path": absolute(spec.data.path, folders)}
+        if isinstance(spec.data, LatentsData) and (labels := spec.data.label_file) is not None:
+            update["labels"] = absolute(labels, folders)
+        changed["data"] = spec.data.model_copy(update=update)
     changed["stages"] = {name: _located_stage(stage, folders) for name, stage in spec.stages.items()}
     return spec.model_copy(update=changed)
 
