@@ -1,8 +1,12 @@
 """Files with conditions, and the options of a teacher that go with them: each is used, or refused with one message."""
 
+import hashlib
+import os
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from latent import load, normal, write, write_conditions
@@ -12,11 +16,14 @@ from test_teacher_ltx import ROWS as LTX_ROWS
 from test_teacher_ltx import SIZE
 from test_teacher_ltx import pipeline as ltx
 
+from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.data.arrays import ArrayData
 from distill.execution import sources
 from distill.flow.conditioning import ConditionTable
+from distill.spec.model import CheckpointTeacher
 from distill.students.init import StudentInit
+from distill.teachers import conditions
 
 ROWS, NULL = embeddings(2), {name: each[:1] for name, each in embeddings(5).items()}
 
@@ -44,9 +51,7 @@ def test_rows_of_other_data_types_are_converted_when_they_are_used(flux, tmp_pat
     (tmp_path / "plain").mkdir()
     got = teacher(flux, tmp_path, stored, null)
     plain = teacher(flux, tmp_path / "plain", *({k: v.float() for k, v in each.items()} for each in (stored, null)))
-    assert {each.dtype for each in got.conditioning.rows.tensors.values()} == {
-        dtype
-    }  # not larger in memory than in the file
+    assert {each for _, each in got.conditioning.rows.fields.values()} == {dtype}
     x, t, indices = normal(3, 4, 8, 12), torch.full((3,), 0.5), torch.arange(3)
     for each in (1.0, 2.0):
         found, expected = (
@@ -156,3 +161,125 @@ def test_messages_are_about_prompts_where_there_are_no_classes(flux, tmp_path):
         "teacher.conditions. Samples with label i belong to row i; give data with a label for each row, or a file with "
         "one row for each class"
     )
+
+
+# --- made by others ---
+
+
+def folder_of(folder: Path, rows: dict, null: dict | None = None) -> Path:
+    """A folder with FIELD.npy and null.FIELD.npy."""
+    folder.mkdir()
+    for name, each in {**rows, **{f"null.{name}": each for name, each in (null or {}).items()}}.items():
+        np.save(folder / f"{name}.npy", each.numpy())
+    return folder
+
+
+def test_a_folder_of_arrays_has_the_same_rows_as_a_file(flux, tmp_path):
+    of_file = teacher(flux, tmp_path, ROWS, NULL)
+    made = folder_of(tmp_path / "rows", ROWS, NULL)
+    of_folder = load(flux, size=[16, 24], conditions=str(made))
+    assert of_folder.num_classes == 3 and of_folder.conditioning.has_null
+    indices = torch.tensor([2, 0, 2, 1])
+    got, expected = (each.conditioning.collate(indices) for each in (of_folder, of_file))
+    nulls = (each.conditioning.null(got) for each in (of_folder, of_file))
+    for one, other in ((got, expected), nulls):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    content = "".join(
+        f"{path.stem} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(made.glob("*.npy"))
+    )
+    assert conditions.read(made).digest == hashlib.sha256(content.encode()).hexdigest()
+    assert len({of_file.digest, of_folder.digest}) == 2
+
+
+def test_only_rows_that_are_taken_are_read(tmp_path, monkeypatch):
+    """Also in another process: the rows are not sent to it, it opens the file again."""
+    monkeypatch.setattr(conditions, "CHECKED", 100)
+    rows = {"a": normal(1000, 50, 8).double(), "b": torch.arange(1000)}
+    rows["a"][7, 3, 1] = torch.nan
+    files = [
+        folder_of(tmp_path / "npy", rows),
+        Path(write_conditions(tmp_path / "rows.safetensors", rows)),
+    ]
+    for path, where in zip(files, ("npy/a.npy", "rows.safetensors, tensor a"), strict=True):
+        found = conditions.read(path).rows
+        assert len(found) == 1000
+        assert found.fields == {"a": ((50, 8), torch.float64), "b": ((), torch.int64)}
+        sent = pickle.dumps(found)
+        assert len(sent) < 2000
+        for each in (found, pickle.loads(sent)):  # noqa: S301
+            taken = each.take(torch.tensor([999, 0, 999]))
+            assert all(torch.equal(taken[name], rows[name][[999, 0, 999]]) for name in rows)
+        with pytest.raises(InputError) as error:
+            found.take(torch.tensor([3, 7]))
+        assert str(error.value) == (
+            f"{tmp_path / where} contains NaN or infinity in row 7 (rows count from 0); make it again"
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: folder_of(path, {}), "teacher.conditions={path} contains no .npy files; give a folder with "
+         "FIELD.npy and null.FIELD.npy for each field, or a safetensors file"),
+        (lambda path: folder_of(path, {"a": ROWS["pooled_projections"], "b": torch.zeros(4, 2)}),
+         "{path} has no rows of conditions, or not the same number in each field; make it again"),
+        (lambda path: folder_of(path, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(2, 2)}),
+         "{path}: the fields null.* are not one row of each other field; make it again"),
+        (lambda path: folder_of(path, {"a": torch.full((3, 2), torch.inf)}),
+         "{path} contains NaN or infinity in a; make it again"),
+        (lambda path: folder_of(path, {"a": torch.zeros(3, 2).T}),
+         "{path}: a is in Fortran order, so that taking one row would read the whole file; save it with np.save(FILE, "
+         "np.ascontiguousarray(ARRAY))"),
+        (lambda path: folder_of(path, {"a": torch.zeros(3, 2)}).joinpath("b.npy").write_bytes(b"x" * 99),
+         "{path}/b.npy is not a .npy file, or is damaged or cut (the magic string is not correct; expected "
+         "b'\\x93NUMPY', got b'xxxxxx'); copy or make it again"),
+    ],
+    ids=["empty", "lengths", "null", "infinity", "Fortran", "damaged"],
+)  # fmt: skip
+def test_folders_that_cannot_be_used_are_refused(tmp_path, make, said):
+    make(tmp_path / "rows")
+    with pytest.raises(InputError) as error:
+        conditions.read(tmp_path / "rows")
+    assert str(error.value) == said.replace("{path}", str(tmp_path / "rows"))
+
+
+def test_one_array_is_no_table_of_conditions(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    with pytest.raises(InputError) as error:
+        conditions.read(tmp_path / "a.npy")
+    assert str(error.value) == (
+        f"teacher.conditions={tmp_path / 'a.npy'} is one array; give a folder with FIELD.npy and null.FIELD.npy for "
+        "each field"
+    )
+
+
+def test_a_large_file_is_read_once_for_its_checksum(tmp_path, monkeypatch):
+    """By the check of the spec. The processes of the run take the checksum from there, unless the file has changed."""
+    monkeypatch.setattr(file_checksums, "LARGE", 1000)
+    monkeypatch.setattr(file_checksums, "_KNOWN", {})
+    read = []
+    opened = file_checksums.open_regular
+    monkeypatch.setattr(
+        file_checksums, "open_regular", lambda path, **more: read.append(path.name) or opened(path, **more)
+    )
+    given = folder_of(tmp_path / "rows", {"a": normal(3, 500), "b": torch.arange(3)})
+    for path in given.iterdir():
+        os.utime(path, ns=(0, 10**18))
+    spec = CheckpointTeacher(path=str(tmp_path), conditions=str(given))
+    digest = conditions.read(given).digest
+    assert read == ["a.npy", "b.npy"]
+    conditions.keep_checksums(spec, tmp_path / "store")
+    for change in (False, True):
+        read.clear()
+        file_checksums._KNOWN.clear()
+        if change:
+            os.utime(given / "a.npy", ns=(0, 2 * 10**18 // 3))
+        file_checksums.read(tmp_path / "store")
+        assert conditions.read(given).digest == digest
+        assert read == (["a.npy"] if change else []) + ["b.npy"], "small files are always read"
+    kept = (tmp_path / "store" / file_checksums.FILE).read_text()
+    for damage in (kept[:-1], kept.replace("sha256", "sha"), "[]"):
+        (tmp_path / "store" / file_checksums.FILE).write_text(damage)
+        file_checksums._KNOWN.clear()
+        file_checksums.read(tmp_path / "store")
+        assert file_checksums._KNOWN == {}

@@ -94,7 +94,7 @@ def test_encodes_prompts_as_the_pipeline(tmp_path):
     config = UMT5Config(vocab_size=VOCABULARY, d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     stock = pipeline(texts={"text_encoder": seeded(lambda: UMT5EncoderModel(config)), "tokenizer": tokenizer(512)})
     teacher, noise = prompted(tmp_path, stock, size=[16, 24]), normal(2, 4, 8, 12)
-    states = teacher.conditioning.rows.tensors["encoder_hidden_states"]
+    states = teacher.conditioning.rows.take(torch.arange(2))["encoder_hidden_states"]
     assert states.shape == (2, 256, 24)
     assert states.any(2).sum(1).tolist() == [len(prompt) + 1 for prompt in PROMPTS]  # with <eos>
     expected = stock(

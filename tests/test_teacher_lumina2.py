@@ -108,7 +108,7 @@ def test_encodes_prompts_as_the_pipeline(tmp_path):
     )  # fmt: skip
     stock = pipeline(text_encoder=seeded(lambda: Gemma2Model(config)), tokenizer=tokenizer(300))
     teacher = prompted(tmp_path, stock, size=[32, 64])
-    mask = teacher.conditioning.rows.tensors["encoder_attention_mask"]
+    mask = teacher.conditioning.rows.take(torch.arange(2))["encoder_attention_mask"]
     system = len(stock.system_prompt + " <Prompt Start> ") + 1
     assert mask.shape == (2, 256) and mask.sum(1).tolist() == [system + len(each) for each in PROMPTS]
     assert teacher.conditioning.null_rows["encoder_attention_mask"].sum() == len(NEGATIVE) + 1

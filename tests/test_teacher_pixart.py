@@ -123,7 +123,7 @@ def test_encodes_prompts_as_the_pipeline(tmp_path, version, negative):
     stock, noise = pipeline(version, tokenizer(), t5(16)), normal(2, 4, 8, 12)
     teacher = prompted(tmp_path, stock, negative, size=[16, 24])
     length = {"alpha": 120, "sigma": 300}[version]
-    assert teacher.conditioning.rows.tensors["encoder_attention_mask"].shape == (2, length)
+    assert teacher.conditioning.rows.take(torch.arange(2))["encoder_attention_mask"].shape == (2, length)
     expected = stock(
         prompt=PROMPTS, negative_prompt=negative, height=16, width=24, num_inference_steps=2, output_type="latent",
         guidance_scale=3.0, latents=noise, use_resolution_binning=False,

@@ -116,7 +116,7 @@ def test_encodes_prompts_as_the_pipeline(tmp_path):
     stock = pipeline(text_encoder=seeded(lambda: Qwen3Model(config)), tokenizer=tokenizer(512, template=chat))
     teacher = prompted(tmp_path, stock, size=[32, 64])
     lengths = [len(f"user: {each}") + 1 for each in PROMPTS]
-    assert teacher.conditioning.rows.tensors["cap_feats"].shape == (2, max(lengths), 24)
+    assert teacher.conditioning.rows.take(torch.arange(2))["cap_feats"].shape == (2, max(lengths), 24)
     assert conditions(teacher, 2)["cap_feats_mask"].sum(1).tolist() == lengths
     expected = stock(
         prompt=list(PROMPTS), negative_prompt=[NEGATIVE] * 2, height=32, width=64, num_inference_steps=2,

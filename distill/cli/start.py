@@ -100,7 +100,7 @@ def create(
     """Create the run of a validated spec, atomically. more: additional files (relative path -> content)."""
     from distill.launch import environment
     from distill.spec import specfile
-    from distill.spec.model import FileData
+    from distill.spec.model import CheckpointTeacher, FileData
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
@@ -115,6 +115,11 @@ def create(
 
         run_store.make(folder)
         data.update_index(source.spec.data, folder.absolute())  # store the index of the check for the run's processes
+    if isinstance(source.spec.teacher, CheckpointTeacher) and source.spec.teacher.conditions is not None:
+        from distill.teachers import conditions
+
+        run_store.make(folder)
+        conditions.keep_checksums(source.spec.teacher, folder.absolute())
     return create_run(folder, source.spec.name, files)
 
 

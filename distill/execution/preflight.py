@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from distill import teachers
+from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.data import DataSet, load_data
 from distill.data.encoded import codec_of, sample_shape
@@ -78,9 +79,11 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     InputError if they do not. Errors in a stage that starts from, or is taught by, the student of an earlier stage are
     not reported, because that student is not trained yet: the stage is left out of `Ready.built`.
 
-    store: where an index of the images may be kept.
+    store: where an index of the images, and checksums of large files, may be kept.
     """
     spec = resolved.spec
+    if store is not None:
+        file_checksums.read(store)
     data = load_data(spec.data, spec.seed, store, keep=False)  # the images are not needed after the checks
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
     for stage in spec.stages.values():

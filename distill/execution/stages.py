@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from distill.core import file_checksums
 from distill.core.atomic import write_json
 from distill.core.errors import RunError
 from distill.core.stop import StopRequest
@@ -17,7 +18,8 @@ from distill.execution import devices, sources, train_stage
 from distill.execution.work import Work
 from distill.runs.run_store import RunPaths, append_event
 from distill.spec import evalspec, pairspec, resolved
-from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.model import CheckpointTeacher, EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.teachers import conditions
 from distill.training import engine
 from distill.training.world import ALONE, World
 
@@ -44,6 +46,10 @@ def run(
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
+    if isinstance(spec.teacher, CheckpointTeacher) and spec.teacher.conditions is not None:
+        file_checksums.read(paths.root.parent)
+        world.alone("checksums of the conditions", partial(conditions.keep_checksums, spec.teacher, paths.root))
+        file_checksums.read(paths.root)
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)

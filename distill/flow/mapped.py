@@ -1,6 +1,6 @@
 """Arrays in .npy and safetensors files, mapped into memory: only the rows that are used are read from the disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -55,6 +55,11 @@ class MappedArray:
         return TYPES[self.values.dtype.kind, self.values.dtype.itemsize]
 
     @property
+    def bytes(self) -> int:
+        """The size of the array in the file."""
+        return self.values.nbytes
+
+    @property
     def by_rows(self) -> bool:
         return isinstance(self.values, Tensor) or bool(self.values.flags.c_contiguous) or self.shape[0] == 1
 
@@ -62,6 +67,10 @@ class MappedArray:
     def shown(self) -> str:
         """The file, and the name of the tensor, for messages."""
         return printable(str(self.path)) + (f", tensor {one_line(self.name)}" if self.name else "")
+
+    def __reduce__(self) -> tuple[Callable[[Path, str], "MappedArray"], tuple[Path, str]]:
+        """Another process opens the file again; otherwise, the whole array would be sent to it."""
+        return _reopened, (self.path, self.name)
 
     def take(self, rows: Sequence[int]) -> Tensor:
         """A copy of these rows, [n, ...] in the data type of the file."""
@@ -74,6 +83,10 @@ class MappedArray:
         return self.values.clone() if isinstance(self.values, Tensor) else _copied(self.values)
 
 
+def _reopened(path: Path, name: str) -> MappedArray:
+    return arrays(path)[name]
+
+
 def _copied(values: NDArray[np.generic]) -> Tensor:
     """A copy in C order and in the byte order of this machine."""
     return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C", copy=True))
@@ -82,12 +95,14 @@ def _copied(values: NDArray[np.generic]) -> Tensor:
 def arrays(path: Path) -> Mapping[str, MappedArray]:
     """The arrays of a .npy or safetensors file by name; that of a .npy file has the name "". Reads its header only.
 
+    Files without the ending .npy are safetensors files.
+
     InputError if the file cannot be read, is damaged or cut, or has Python objects or a data type that is not known.
     """
     try:
         with open_regular(path, follow=True) as file:
             size = file.seek(0, 2)
-        if path.suffix == SAFETENSORS:
+        if path.suffix != NPY:
             return {name: MappedArray(path, name, each) for name, each in load_file(path).items()}
         found = np.lib.format.open_memmap(path, mode="r") if size else None
     except OSError as error:
@@ -118,3 +133,32 @@ def arrays(path: Path) -> Mapping[str, MappedArray]:
             "whole numbers (bfloat16 only in safetensors files)"
         )
     return {"": MappedArray(path, "", found)}
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows of a table of conditions in files: [count, ...] by field. Implements `conditioning.ConditionRows`.
+
+    Only the rows that are taken are read. InputError if they have values that are not finite.
+    """
+
+    arrays: Mapping[str, MappedArray]
+
+    @property
+    def fields(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (each.shape[1:], each.dtype) for name, each in self.arrays.items()}
+
+    def __len__(self) -> int:
+        return next(iter(self.arrays.values())).shape[0]
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        rows = indices.tolist()
+        found = {name: each.take(rows) for name, each in self.arrays.items()}
+        for name, each in found.items():
+            if each.is_floating_point() and not each.isfinite().all():
+                row = rows[int((~each.isfinite().flatten(1).all(1)).nonzero()[0])]
+                raise InputError(
+                    f"{self.arrays[name].shown} contains NaN or infinity in row {row} (rows count from 0); make it "
+                    "again"
+                )
+        return found

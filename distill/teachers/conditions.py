@@ -2,27 +2,32 @@
 
 Such a file is a safetensors file. A tensor FIELD [N, ...] has one row for each of N conditions, and null.FIELD [1, ...]
 is the row of the unconditional call. Its names are those of the network's arguments. Its metadata may name the digest
-of the text encoders that computed them.
+of the text encoders that computed them. Others may write a folder of .npy files instead: FIELD.npy and null.FIELD.npy.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from distill.core import file_checksums
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
-from distill.flow.conditioning import ConditionRows, HeldRows
+from distill.flow.conditioning import ConditionRows
+from distill.flow.mapped import NPY, MappedArray, MappedRows, arrays
+from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.teachers.read import short, unreadable
 
 ENCODER = "distill.encoder"  # name of the digest of the text encoders in the metadata
+CHECKED = 2**28  # bytes of rows that are checked for NaN before any is used
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
 
 
@@ -93,32 +98,84 @@ class ConditionFile:
 
 
 def read(path: Path) -> ConditionFile:
-    """Reads a file with conditions. InputError if it is damaged, has no rows, or values that are not finite."""
+    """Opens a file or folder with conditions, of which only the rows that are used are read.
+
+    InputError if it is damaged, has no rows, or values that are not finite. Rows of more than CHECKED bytes are checked
+    only when they are used.
+    """
     if not path.exists():
-        raise InputError(f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`")
+        raise InputError(
+            f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`, or give a "
+            f"folder with FIELD.npy and {NULL}FIELD.npy for each field"
+        )
+    if path.suffix == NPY:
+        raise InputError(
+            f"teacher.conditions={path} is one array; give a folder with FIELD{NPY} and {NULL}FIELD{NPY} for each field"
+        )
     try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            encoder = _encoder_in(path, file.metadata())
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        tensors = _of_folder(path) if path.is_dir() else arrays(path)
+        encoder = None
+        if not path.is_dir():
+            with safe_open(path, framework="pt") as file:
+                encoder = _encoder_in(path, file.metadata())
+        digest = _digest(path, tensors)
     except OSError as error:
         raise unreadable(path, error) from error
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is not a safetensors file, or is damaged ({short(str(error))}); make it again"
-        ) from error
     rows = {name: each for name, each in tensors.items() if not name.startswith(NULL)}
     null = {name.removeprefix(NULL): each for name, each in tensors.items() if name.startswith(NULL)}
-    counts = {len(each) if each.ndim else 0 for each in rows.values()}
+    counts = {each.shape[0] if each.shape else 0 for each in rows.values()}
     if len(counts) != 1 or counts == {0}:
         raise InputError(f"{path} has no rows of conditions, or not the same number in each field; make it again")
     if null and (null.keys() != rows.keys() or any(null[k].shape != (1, *rows[k].shape[1:]) for k in rows)):
         raise InputError(f"{path}: the fields {NULL}* are not one row of each other field; make it again")
+    for name, each in rows.items():
+        if not each.by_rows:
+            raise InputError(
+                f"{path}: {short(name)} is in Fortran order, so that taking one row would read the whole file; save it "
+                "with np.save(FILE, np.ascontiguousarray(ARRAY))"
+            )
+    small = sum(each.bytes for each in rows.values()) <= CHECKED
     for name, each in tensors.items():
-        if each.is_floating_point() and not each.isfinite().all():
+        if each.dtype.is_floating_point and (small or name.startswith(NULL)) and not each.whole().isfinite().all():
             raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
-    return ConditionFile(path, HeldRows(rows), null or None, digest, encoder)
+    null_rows = {name: each.whole() for name, each in null.items()}
+    return ConditionFile(path, MappedRows(rows), null_rows or None, digest, encoder)
+
+
+def _of_folder(folder: Path) -> dict[str, MappedArray]:
+    """The arrays of the .npy files in a folder, by their names without ending. InputError if there are none."""
+    found = {path.name.removesuffix(NPY): arrays(path)[""] for path in files(folder)}
+    if not found:
+        raise InputError(
+            f"teacher.conditions={folder} contains no {NPY} files; give a folder with FIELD{NPY} and {NULL}FIELD{NPY} "
+            "for each field, or a safetensors file"
+        )
+    return found
+
+
+def _digest(path: Path, tensors: Mapping[str, MappedArray]) -> str:
+    """SHA-256 of a file, or over the names and contents of the files in a folder."""
+    if not path.is_dir():
+        return file_checksums.sha256(path)
+    content = hashlib.sha256()
+    for name, each in tensors.items():
+        content.update(f"{name} {file_checksums.sha256(each.path)}\n".encode())
+    return content.hexdigest()
+
+
+def keep_checksums(spec: TeacherSpec | None, folder: Path) -> None:
+    """Keeps the checksums of the conditions of a teacher in a store or a run, so that others need not read the files.
+
+    Raises RunError if they cannot be written. Files that cannot be read are left to `read`.
+    """
+    if isinstance(spec, CheckpointTeacher) and spec.conditions is not None:
+        with suppress(OSError):
+            file_checksums.keep(files(Path(spec.conditions)), folder)
+
+
+def files(path: Path) -> list[Path]:
+    """The files with conditions at a path."""
+    return sorted(path.glob(f"[!.]*{NPY}")) if path.is_dir() else [path] if path.is_file() else []
 
 
 def encoder_of(path: Path) -> str | None:
