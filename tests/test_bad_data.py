@@ -36,6 +36,7 @@ def refusal(section: dict[str, object]) -> str:
         if mistakes := list(dataspec.mistakes(spec.data)):
             raise InputError(specfile.join("spec", mistakes))
         data.load_data(spec.data, 0)
+        data.load_prompts(spec.data)
     return str(caught.value)
 
 
@@ -642,7 +643,81 @@ CAPTIONS = {
         "per epoch",
     ),
 }
-CASES |= CAPTIONS
+
+
+def prompts(files: Files, path: str = "set", **fields: object) -> Case:
+    return lambda: written(Path("set"), files), {"kind": "prompts", "path": path, **fields}
+
+
+def columns(**values: object) -> Case:
+    """Prompts in set/a.parquet and set/b.parquet, which differ."""
+
+    def make() -> None:
+        Path("set").mkdir()
+        parquet.write_table(pa.table(values), "set/a.parquet")
+        parquet.write_table(pa.table({"other": ["a"]}), "set/b.parquet")
+
+    return make, {"kind": "prompts", "path": "set"}
+
+
+LINES = '{"a": "x", "b": "y", "n": 1}\n{"a": null, "b": ["y"]}\n'
+PROMPTS = {
+    "no prompts": (
+        *prompts({}, "x.txt"),
+        "data.path=x.txt does not exist; give a .txt file with one prompt on each line, a .jsonl or .parquet file, or "
+        "a folder of parquet files",
+    ),
+    "a folder without parquet": (
+        *prompts({"a.txt": "a"}),
+        "data.path={set} contains no parquet files; give a .txt file with one prompt on each line, a .jsonl or "
+        ".parquet file, or a folder of parquet files",
+    ),
+    "another kind of file": (
+        *prompts({"a.md": "a"}, "set/a.md"),
+        "data.path={set}/a.md: files of prompts end in .txt, .jsonl, .parquet; give a .txt file with one prompt on "
+        "each line, a .jsonl or .parquet file, or a folder of parquet files",
+    ),
+    "an empty file": (
+        *prompts({"a.txt": ""}, "set/a.txt"),
+        "data.path={set}/a.txt has no prompts; give a file with one prompt on each line",
+    ),
+    "lines that are no prompts": (
+        *prompts({"a.txt": b"a\n\n\xff\n\x1b[2J\r\nb\n"}, "set/a.txt", max_unreadable=2),
+        "{set}/a.txt: 3 of 5 prompts cannot be used: line 2: an empty prompt, line 3: a prompt that is not UTF-8, line "
+        "4: a prompt with control characters; correct or remove them, or increase data.max_unreadable (now 2)",
+    ),
+    "a column of a text file": (
+        *prompts({"a.txt": "a"}, "set/a.txt", column="text"),
+        "data.column=text has no effect: a .txt file has no columns; remove it",
+    ),
+    "several columns": (
+        *prompts({"a.jsonl": LINES}, "set/a.jsonl"),
+        "{set}/a.jsonl: has 2 columns with texts; choose one with data.column: a, b",
+    ),
+    "an unknown column": (
+        *prompts({"a.jsonl": LINES}, "set/a.jsonl", column="c"),
+        "data.column=c: {set}/a.jsonl has no such column; valid: a, b",
+    ),
+    "a column of numbers": (
+        *prompts({"a.jsonl": LINES}, "set/a.jsonl", column="n"),
+        "data.column=n: has no texts in {set}/a.jsonl; columns with texts: a, b",
+    ),
+    "a row without a prompt": (
+        *prompts({"a.jsonl": LINES}, "set/a.jsonl", column="a"),
+        "{set}/a.jsonl: 1 of 2 prompts cannot be used: line 2: no prompt; correct or remove them, or increase "
+        "data.max_unreadable (now 0)",
+    ),
+    "a prompt that is no text": (
+        *prompts({"a.jsonl": LINES}, "set/a.jsonl", column="b"),
+        "{set}/a.jsonl, line 2: 'b' is of type list, but a prompt must be a text",
+    ),
+    "no column with texts": (*columns(n=[1]), "{set}/a.parquet: has no column with texts, only: n"),
+    "files with different columns": (
+        *columns(text=["a"]),
+        "{set}/b.parquet: has no column 'text' with texts, unlike a.parquet; give files with the same columns",
+    ),
+}
+CASES |= CAPTIONS | PROMPTS
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -119,6 +119,8 @@ def data(given: str) -> DataSpec:
     found = _part({"data": content}).data
     if found != dataspec.in_one_size(found):
         raise InputError("--data: buckets have no effect here, because only training uses them; remove them")
+    if not dataspec.has_samples(found):
+        raise InputError(f"--data: kind {found.kind} has no images; give data with images")
     return found
 
 

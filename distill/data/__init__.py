@@ -6,14 +6,17 @@ from typing import TypeVar
 
 from distill.core import printing
 from distill.core.errors import RunError
-from distill.data import arrays, captions, index, latent_index, tars
+from distill.data import arrays, captions, index, latent_index, promptfiles, tars
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
 from distill.data.latent_index import LatentIndex
 from distill.data.latents import LatentData
+from distill.data.promptfiles import FoundPrompts
+from distill.data.prompts import Prompts
 from distill.data.rows import FileRows, ImageRows
 from distill.data.source import DataSet, DataSource
 from distill.spec import imagefolder
+from distill.spec.dataspec import PromptsData
 from distill.spec.model import (
     DataSpec,
     DigitsData,
@@ -25,19 +28,19 @@ from distill.spec.model import (
     TarsData,
 )
 
-__all__ = ["DataSet", "DataSource", "load_data", "update_index"]
+__all__ = ["DataSet", "DataSource", "load_data", "load_prompts", "update_index"]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with decoded images; shared by all stages of the process
 _INDEXES: dict[Path, ImageIndex] = {}  # by their path relative to a store or a run
 _LATENT_INDEXES: dict[Path, LatentIndex] = {}
 
-Index = TypeVar("Index", ImageIndex, LatentIndex)
+Index = TypeVar("Index", ImageIndex, LatentIndex, FoundPrompts)
 
 
 def load_data(
     spec: DataSpec, seed: int, folder: Path | None = None, *, keep: bool = True, indexed: bool = False
 ) -> DataSet | None:
-    """Loads the data set of a spec. Returns None for kind none.
+    """Loads the data set of a spec. Returns None for kinds none and prompts, which have no samples.
 
     seed: the seed of random crops and flips.
     folder: the folder of a store or a run. The index of the images is read from it if it has one (see `index`), but not
@@ -57,8 +60,16 @@ def load_data(
     return None
 
 
+def load_prompts(spec: DataSpec, folder: Path | None = None, *, indexed: bool = False) -> Prompts | None:
+    """Loads only the prompts of a spec's data. Returns None if it has none. folder, indexed: see `load_data`."""
+    if isinstance(spec, PromptsData):
+        return promptfiles.load(spec, folder, indexed=indexed).prompts
+    found = load_data(spec, 0, folder, keep=False, indexed=indexed)
+    return None if found is None else found.prompts
+
+
 def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
-    """Writes the index of a data set in files to the store, unless the store has an up-to-date index.
+    """Writes the index of a data set in files, or its prompts, to the store, unless the store has an up-to-date one.
 
     run: the folder of a run, which gets its own copy, so that it does not depend on later changes in the store.
 
@@ -83,6 +94,14 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
                 latent_index.write,
                 store,
                 run,
+            )
+        case PromptsData():
+
+            def texts(known: FoundPrompts | None) -> FoundPrompts:
+                return promptfiles.update(spec, known)
+
+            _update(
+                lambda folder: promptfiles.path(folder, spec), promptfiles.read, texts, promptfiles.write, store, run
             )
 
 

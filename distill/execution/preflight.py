@@ -13,7 +13,7 @@ import torch
 from distill import teachers
 from distill.core import file_checksums
 from distill.core.errors import InputError
-from distill.data import DataSet, load_data
+from distill.data import DataSet, load_data, load_prompts
 from distill.data.encoded import codec_of, sample_shape
 from distill.execution import sources
 from distill.flow.codecs import PIXELS
@@ -22,6 +22,7 @@ from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import pairspec, registry
+from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
@@ -100,6 +101,10 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
         sources.check_labels(spec, teacher, data)
+    if teacher is not None and isinstance(spec.data, PromptsData):
+        prompts = load_prompts(spec.data, store)
+        assert prompts is not None
+        sources.check_prompts(teacher, Path(spec.data.path).name, len(prompts))
     built: dict[str, Built] = {}
     for name, recipe in resolved.recipes.items():
         stage = spec.stages[name]

@@ -127,7 +127,7 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
             "teacher"
         )
     if data.prompts is not None and teacher.num_classes is not None:
-        _check_prompts(teacher, data.name, len(data.prompts))
+        check_prompts(teacher, data.name, len(data.prompts))
     if isinstance(teacher.given, ConditionTable) and data.num_classes != teacher.num_classes:
         raise InputError(
             f"data '{data.name}' has {data.num_classes or 'no'} classes, but the teacher ({teacher.description}) has "
@@ -141,16 +141,17 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
         )
 
 
-def _check_prompts(teacher: LoadedTeacher, name: str, count: int) -> None:
+def check_prompts(teacher: LoadedTeacher, name: str, count: int) -> None:
     """InputError if the teacher does not take the prompts of the data. count: the number of different prompts."""
     if not isinstance(teacher.given, ConditionTable):
+        takes = "is unconditional" if teacher.num_classes is None else "is conditioned on classes"
         raise InputError(
-            f"data '{name}' has captions, but the teacher ({teacher.description}) is conditioned on classes; use data "
-            "with classes, or a teacher that takes prompts"
+            f"data '{name}' has prompts, but the teacher ({teacher.description}) {takes}; use data without prompts, or "
+            "a teacher that takes them"
         )
     if count != teacher.num_classes:
         raise InputError(
-            f"data '{name}' has {count:,} different prompts, but teacher.conditions of the teacher "
+            f"data '{name}' has {count:,} prompts, but teacher.conditions of the teacher "
             f"({teacher.description}) has {teacher.num_classes:,} rows; row i must belong to the i-th prompt of the "
             "data, so encode these prompts"
         )
@@ -193,8 +194,9 @@ def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
     """Print a note to stderr if the data has labels and the teacher is unconditional."""
     if not _left_out(teacher, data):
         return
+    labels = "classes" if data.prompts is None else "prompts"
     say_error(
-        f"note: data '{data.name}' has {data.num_classes} classes, but the teacher ({teacher.description}) is "
+        f"note: data '{data.name}' has {data.num_classes} {labels}, but the teacher ({teacher.description}) is "
         "unconditional: its students are trained without labels"
     )
 

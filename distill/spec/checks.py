@@ -23,7 +23,6 @@ from distill.spec.model import (
     LatentsData,
     MixtureTeacher,
     MlpSpec,
-    NoData,
     PairsStage,
     RunSpec,
     Stage,
@@ -87,9 +86,8 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         yield "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it"
     if spec.teacher is not None and "teacher" not in used:
         yield "teacher: no stage uses it, so it has no effect; remove it"
-    if not isinstance(spec.data, NoData) and "data" not in used:
-        yield "data: no stage uses it, so it has no effect; remove it"
-    else:
+    yield from dataspec.unused(spec.data, "data" in used, loaded)
+    if "data" in used:
         yield from trainspec.buckets(found)
 
 
@@ -142,7 +140,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         local = expanded(teacher.path)
         if not local.exists() and not teacher.is_of_hub:
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
-    if size and not isinstance(spec.data, NoData):
+    if size and dataspec.has_samples(spec.data):
         has = "latents" if isinstance(spec.data, LatentsData) else "images"
         yield (
             f"data: kind {spec.data.kind} has {has}, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
@@ -237,7 +235,7 @@ def _has_classes(spec: RunSpec) -> bool:
         return data.label_key is not None or data.caption_key is not None
     if isinstance(data, LatentsData):
         return data.labels is not None
-    return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
+    return data.label_column is not None if isinstance(data, HfData) else dataspec.has_samples(data)
 
 
 def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) -> Iterator[str]:
@@ -247,12 +245,12 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
             f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; "
             "use 0, 1 or 2"
         )
-    if "data" in needs and isinstance(spec.data, NoData):
+    if "data" in needs and not dataspec.has_samples(spec.data):
         vectors = "teacher" in needs and found.has_exact_teacher(stage)
         hint = (
             "the teacher makes vectors, for which there is no data; use reflow/reflow"
             if vectors
-            else "the spec has none; e.g. data: {kind: digits}"
+            else f"the spec has {'none' if spec.data.kind == 'none' else 'only prompts'}; e.g. data: {{kind: digits}}"
         )
         yield f"{where}: {recipe} needs data, but {hint}"
     if "pairs" in needs and not stage.pair_shares:
@@ -323,7 +321,7 @@ def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
     spec = found.spec
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    known = found.spec.has_exact_teacher or not isinstance(spec.data, NoData)
+    known = found.spec.has_exact_teacher or dataspec.has_samples(spec.data)
     if stage.paths in OF_DATA and not known:
         yield f"{where}.paths: {stage.paths} needs real data, but the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")

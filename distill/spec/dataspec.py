@@ -236,9 +236,23 @@ class LatentsData(FrozenModel):
         _refuse_hidden(self.path)
 
 
-FileData = ImageOptions | LatentsData  # data in files, with an index of them (see data/index.py)
+class PromptsData(FrozenModel):
+    """Prompts without images, for pairs from noise and recipes that need no real data: a text file with one prompt on
+    each line, a .jsonl or .parquet file, or a folder of parquet files."""
+
+    kind: Literal["prompts"]
+    path: str
+    """file, or folder of parquet files"""
+    column: str | None = None
+    """column, or key of the JSON objects, with the prompts; null: the only one with texts"""
+    max_unreadable: int = Field(0, ge=0)
+    """how many lines or rows without a usable prompt may be skipped (with a warning); with more, the run stops"""
+
+
+FileData = ImageOptions | LatentsData | PromptsData  # data in files, with an index of them (see data/index.py)
 DataSpec = Annotated[
-    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData, Field(discriminator="kind")
+    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData | PromptsData,
+    Field(discriminator="kind"),
 ]
 
 
@@ -252,6 +266,19 @@ def has_captions(data: DataSpec) -> bool:
         case HfData():
             return data.caption_column is not None
     return False
+
+
+def has_samples(data: DataSpec) -> bool:
+    """Whether there are images, and not only prompts or nothing."""
+    return not isinstance(data, NoData | PromptsData)
+
+
+def unused(data: DataSpec, samples: bool, prompts: bool) -> Iterator[str]:
+    """The mistake that no stage uses the data. samples, prompts: what the stages of the spec use."""
+    if has_samples(data) and not samples:
+        yield "data: no stage uses it, so it has no effect; remove it"
+    if isinstance(data, PromptsData) and not prompts:
+        yield "data: no stage uses a teacher that takes prompts, so they have no effect; remove it"
 
 
 def mistakes(data: DataSpec) -> Iterator[str]:

@@ -10,6 +10,7 @@ from types import ModuleType
 
 from distill.core.errors import InputError
 from distill.spec import registry, schema, specfile
+from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
@@ -100,8 +101,9 @@ class Resolved:
         return needs if self.spec.stages[name].teacher is None else needs - {"teacher"}
 
     def reads_images(self, name: str) -> bool:
-        """Whether a stage reads data in files, which have an index."""
-        return isinstance(self.spec.data, FileData) and "data" in self.needs(name)
+        """Whether a stage reads data in files, which have an index, or prompts, which its teacher takes."""
+        data, needs = self.spec.data, self.needs(name)
+        return isinstance(data, FileData) and ("teacher" if isinstance(data, PromptsData) else "data") in needs
 
 
 def resolve(spec: RunSpec, base: Path) -> Resolved:
