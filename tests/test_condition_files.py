@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from test_teacher_ltx import pipeline as ltx
 from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.data.arrays import ArrayData
+from distill.data.prompts import Prompts
 from distill.execution import sources
 from distill.flow.conditioning import ConditionTable
 from distill.spec.model import CheckpointTeacher
@@ -283,3 +285,25 @@ def test_a_large_file_is_read_once_for_its_checksum(tmp_path, monkeypatch):
         file_checksums._KNOWN.clear()
         file_checksums.read(tmp_path / "store")
         assert file_checksums._KNOWN == {}
+
+
+def test_the_prompts_of_data_are_the_rows_of_the_file(flux, tmp_path):
+    found = teacher(flux, tmp_path, ROWS)
+    data = ArrayData("pictures", torch.zeros(4, 3, 16, 24), torch.tensor([0, 1, 2, 0]), 3)
+    data.prompts = Prompts.of(["a", "b", "c"])
+    sources.check_shapes(found, data)
+    data.num_classes, data.prompts = 4, Prompts.of("abcd")
+    with pytest.raises(InputError) as error:
+        sources.check_shapes(found, data)
+    assert str(error.value) == (
+        f"data 'pictures' has 4 prompts, but teacher.conditions of the teacher ({found.description}) has 3 rows; row i "
+        "must belong to the i-th prompt of the data, so encode these prompts"
+    )
+    for classes, takes in ((4, "is conditioned on classes"), (None, "is unconditional")):
+        other = replace(found, given=None, num_classes=classes)
+        with pytest.raises(InputError) as error:
+            sources.check_prompts(other, "x", 4)
+        assert str(error.value) == (
+            f"data 'x' has prompts, but the teacher ({found.description}) {takes}; use data without prompts, or a "
+            "teacher that takes them"
+        )
