@@ -96,7 +96,8 @@ FIELDS = {
     ),
     "unknown kind of data": (
         ["data={kind: digit}"],
-        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, latents, mnist, none, prompts, tars",
+        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, latents, mnist, none, "
+        "prompts, tars",
     ),
     "unknown solver": (
         ["stages.pairs.solver=huen"],
