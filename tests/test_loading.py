@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import command
 from PIL import Image
 from runs import distill, kill, start, wait_for
 
@@ -18,7 +19,8 @@ from distill import data, pairs
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
-from distill.data import DataSource
+from distill.data import DataSource, timing
+from distill.data.decoding import decode
 from distill.execution import batches, devices
 from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.flow.draws import Rows
@@ -233,6 +235,54 @@ def test_damage_found_by_workers_is_counted_once(images, monkeypatch, capfd):
     assert len(said) == 1 and "images: 2 of 30 images cannot be decoded and are skipped: " in said[0]
     with pytest.raises(InputError, match=r"images: 3 of 30 images cannot be decoded: .*max_unreadable \(now 2\)"):
         found.skip([3, 5])
+
+
+# --- how many workers are needed ---
+
+
+def test_the_number_of_workers_is_rate_times_the_time_of_a_sample():
+    found = timing.ReadingTime("an image", 0.004)
+    assert [found.workers(rate) for rate in (1, 7.5, 8, 250, 251, 1000)] == [0, 0, 1, 1, 2, 4]
+    read = []
+    seconds = timing._measured(lambda step: [read.append(step), time.sleep(0.01)], 2, seconds=0.03)
+    assert read == list(range(len(read))) and 2 <= len(read) <= 4 and seconds >= 0.005
+    encoded = timing.example(64)
+    assert encoded == timing.example(64) != timing.example(64, 1)
+    assert decode(encoded, "", (64, 64), 3).shape == (3, 64, 64) and decode(encoded, "", (64, 64), 3).std() > 20
+
+
+def test_the_doctor_measures_reading_and_says_how_many_workers_gpus_need(images, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "cpus", lambda: 4)
+    monkeypatch.setattr(timing, "_measured", lambda read, count, seconds=3.0: [read(0), 0.0039][1])
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC, "data": {**SPEC["data"], "path": str(images)}}))
+
+    def rows(*words):
+        done = command(capfd, "doctor", "--json", *words)
+        found = {each["what"]: each for each in json.loads(done.out)}
+        return [[found[what][key] for key in ("state", "found", "fix")] for what in ("reading data", "workers per GPU")]
+
+    assert rows("--gpus", "2") == [
+        ["ok", "a 512x512 JPEG: 3.9 ms, 256 a second", "measure your data: --data SPEC"],
+        ["ok", "1 for 100, 2 for 300, 4 for 1,000 samples a second and GPU; 2 GPUs: 2, 4, 8 (4 CPUs here)",
+         "give the rate of your GPU: --rate"],
+    ]  # fmt: skip
+    assert not any(tmp_path.glob("runs"))
+    assert rows("--data", "spec.yaml", "--rate", "500", "--gpus", "1") == [
+        ["ok", "a sample of 'images': 3.9 ms, 256 a second", ""],
+        ["ok", "2 for 500 samples a second and GPU (4 CPUs here)", "launch.workers=2"],
+    ]
+    assert rows("--data", "spec.yaml", "--rate", "500", "--gpus", "3")[1] == [
+        "note", "2 for 500 samples a second and GPU; 3 GPUs: 6 (4 CPUs here)",
+        "launch.workers=2; there are too few CPUs: `distill cache SPEC` stores data that is quick to read",
+    ]  # fmt: skip
+    for words, told in (
+        (["--data", "nope"], "there is no spec file and no preset 'nope'; "),
+        (["--data", "mixture-2d"], "--data: the spec has no data (data.kind: none); give a spec with data"),
+        (["--site", "--rate", "2"], "--rate has no effect with --site; remove it"),
+    ):
+        done = command(capfd, "doctor", *words)
+        assert done.code == 2 and told in done.err
 
 
 # --- with processes ---

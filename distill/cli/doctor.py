@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
 from distill.core.errors import InputError
 from distill.core.printing import say
@@ -28,6 +30,7 @@ TRAIN = (
     *("deepspeed", "lpips", "matplotlib", "pillow", "pot"),
 )
 NO_REPORT = "no report found in the store; it crashed, or its node cannot write to the store"
+RATES = (100, 300, 1000)  # samples per second that one GPU trains, as examples
 FREE = 2e9  # bytes; enough for the quickstart and a few checkpoints
 
 
@@ -55,24 +58,43 @@ def doctor(
     ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to request per node.")] = None,
     partition: Annotated[str | None, typer.Option(help="With --site: partition; by default the site's.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="A spec or preset: measure how fast its data is read and decoded."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs for which to say how many workers read data; by default those here.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Samples per second that one GPU trains; by default, examples.")
+    ] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check packages, devices, threads and the store, and say how to fix problems; or check the cluster."""
+    """Check packages, devices, threads and the store, and say how to fix problems; or check the cluster.
+
+    It also measures how fast data is read, and says how many worker processes (launch.workers) the GPUs need.
+    """
     if site:
+        _refuse({"--data": data, "--gpus": gpus, "--rate": rate}, "with --site; remove it")
         _cluster(path, store_path(store), nodes or 2, gpus_per_node or 0, partition, json)
         return
     given = {"SITE": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--partition": partition}
-    without_effect = [name for name, value in given.items() if value is not None]
-    if without_effect:
-        raise InputError(f"{', '.join(without_effect)} has no effect without --site; add --site to check the cluster")
+    _refuse(given, "without --site; add --site to check the cluster")
     findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
+    findings += _reading(data, gpus, rate, store_path(store))
     if json:
         print_json([asdict(finding) for finding in findings])
     else:
         print_table(["", "state", "found", "what to do"], [[f.what, f.state, f.found, f.fix] for f in findings])
     if any(finding.state in ("missing", "broken") for finding in findings):
         raise typer.Exit(1)
+
+
+def _refuse(given: Mapping[str, object], reason: str) -> None:
+    without_effect = [name for name, value in given.items() if value is not None]
+    if without_effect:
+        raise InputError(f"{', '.join(without_effect)} has no effect {reason}")
 
 
 def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
@@ -178,6 +200,45 @@ def _threads() -> Finding:
     return Finding(
         "threads", "note", f"OMP_NUM_THREADS={given}", "unset it to use all CPUs; launch.threads overrides it"
     )
+
+
+def _reading(given: str | None, gpus: int | None, rate: float | None, store: Path) -> list[Finding]:
+    """Measure how fast data is read: that of a spec, or an example. Say how many workers the GPUs need for it."""
+    if given is None and any(importlib.util.find_spec(name) is None for name in ("torch", "numpy", "PIL")):
+        return []
+    from distill.data import timing
+
+    if given is None:
+        found = timing.of_example()
+    else:
+        spec = start.find(given, [], None).spec
+        found = timing.of_data(spec.data, spec.seed, store)
+    cpus, gpus, rates = environment.cpus(), gpus or _gpus() or 1, RATES if rate is None else (rate,)
+    counts = [found.workers(each) for each in rates]
+    needed = ", ".join(f"{count} for {each:,g}" for each, count in zip(rates, counts, strict=True))
+    in_all = f"; {gpus} GPUs: {', '.join(str(gpus * count) for count in counts)}" if gpus > 1 else ""
+    few = rate is not None and gpus * counts[0] > cpus
+    more = "; there are too few CPUs: `distill cache SPEC` stores data that is quick to read" if few else ""
+    return [
+        Finding(
+            "reading data",
+            "ok",
+            f"{found.what}: {1000 * found.seconds:.2g} ms, {1 / found.seconds:,.0f} a second",
+            "measure your data: --data SPEC" if given is None else "",
+        ),
+        Finding(
+            "workers per GPU",
+            "note" if few else "ok",
+            f"{needed} samples a second and GPU{in_all} ({cpus} CPUs here)",
+            "give the rate of your GPU: --rate" if rate is None else f"launch.workers={counts[0]}{more}",
+        ),
+    ]
+
+
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
 
 
 def _store(folder: Path) -> list[Finding]:
