@@ -34,7 +34,7 @@ from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.flowturbo import bench_flowturbo
 from tests.benchmarks.guidance import bench_guidance
 from tests.benchmarks.images import bench_images
-from tests.benchmarks.loading import bench_loading
+from tests.benchmarks.loading import bench_loading, bench_waiting
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
@@ -177,6 +177,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "index": bench_index,
     "images": bench_images,
     "loading": bench_loading,
+    "waiting": bench_waiting,
     "runs": bench_runs,
     "looks": bench_looks,
 }
