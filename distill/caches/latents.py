@@ -1,38 +1,90 @@
 """Encodes the images of a data set, shard by shard. A process that is killed loses only the shard it is working on."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from safetensors.torch import save
+from torch import Tensor
 
-from distill.core.field_types import FrozenModel
+from distill.caches.manifest import KIND, MAX_NAMED, MIRRORED, LatentManifest, LatentShard
+from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
+from distill.core.text import one_line
 from distill.data.source import DataSet
+from distill.flow import draws
 from distill.protocols import Codec
 from distill.runs.progress import Progress
+from distill.shards import make
+from distill.shards.manifest import few
+from distill.shards.values import restored, stored
+from distill.spec import cachespec
 from distill.spec.cachespec import CacheStage
 
+LABELS, SIZES = "labels", "sizes"  # names of tensors
+NAME = 300  # characters of the name of an unreadable image
 
-class LatentManifest(FrozenModel):
-    """All settings that the values of a cache of latents depend on, and its shards."""
+
+@runtime_checkable
+class Skipping(Protocol):
+    """A data set that skips items that turn out to be unreadable when they are used: the next item takes their place.
+
+    What it returns does not depend on which of them it has already found.
+    """
 
     @property
-    def key(self) -> str:
-        """SHA-256 over the settings, without the shards: the folder is STORE/caches/latents-KEY."""
-        raise NotImplementedError
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over everything, with the checksums of the shards."""
-        raise NotImplementedError
+    def unreadable(self) -> Sequence[str]: ...  # the names of those that it has found so far
 
 
 def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored: bool = False) -> LatentManifest:
     """The manifest of a cache of latents, without shards. No network is loaded.
 
-    data: with crop: center and without flip. mirrored: also store mirrored images (for data with flip). InputError if
-    `stage.latents` does not fit the codec.
+    data: with crop: center and without flip. mirrored: also store mirrored images, for data with flip. InputError if
+    the settings of the stage do not fit together, or do not fit the codec or the data.
     """
-    raise NotImplementedError
+    for mistake in cachespec.mistakes(stage, ""):
+        raise InputError(mistake)
+    if data.encoded:
+        raise InputError(
+            f"data '{data.name}' has latents already, so there is nothing to encode; remove the cache stage"
+        )
+    latents = _latents(stage, codec)
+    return LatentManifest(
+        data=one_line(data.name, 1000),
+        data_digest=data.digest,
+        codec_digest=codec.digest,
+        latents=latents,
+        mirrored=mirrored,
+        seed=seed if latents == "sample" else None,
+        dtype="uint8" if latents == "pixels" else stage.dtype,
+        count=len(data),
+        buckets=[len(bucket) for bucket in data.buckets or [] if len(bucket)],
+        block=stage.block,
+        shard=stage.shard,
+        shape=codec.shape(data.shape),
+        num_classes=data.num_classes,
+        prompts_digest=None if data.prompts is None else data.prompts.digest,
+    )
+
+
+def _latents(stage: CacheStage, codec: Codec) -> Literal["moments", "sample", "mean", "pixels"]:
+    if codec.is_identity:
+        if stage.latents not in (None, "pixels"):
+            raise InputError(
+                f"latents: {stage.latents} given, but the teacher works on pixels and has no autoencoder; valid: pixels"
+            )
+        return "pixels"
+    valid = "moments, sample, mean" if codec.has_spread else "mean"
+    if stage.latents == "pixels":
+        raise InputError(f"latents: pixels given, but the teacher works on latents; valid: {valid}")
+    if stage.latents in ("moments", "sample") and not codec.has_spread:
+        raise InputError(
+            f"latents: {stage.latents} given, but the teacher's autoencoder gives an image one latent, without "
+            f"variance; valid: {valid}"
+        )
+    return stage.latents or ("moments" if codec.has_spread else "mean")
 
 
 def generate(
@@ -49,11 +101,109 @@ def generate(
     mirrored: bool = False,
     max_unreadable: int = 0,
 ) -> None:
-    """Make the shards of a cache that `folder` does not have yet, from the items of epoch 0.
+    """Make the shards of a cache that `folder` does not have yet, from the items of epoch 0. See `shards.make`.
 
-    The progress counts images: `plan(...).count` in total, or `plan(...).layout.pairs(layout.part(part))`.
+    If an image turns out to be unreadable, its row has what the data set returns in its place. The progress counts
+    images.
 
-    part: (i, n) makes only the shards i, i + n, ...; the process that ends last completes the set. InputError if the
-    folder holds another set or cannot be written; RunError if latents are not finite.
+    data, mirrored: see `plan`. max_unreadable: so many images of the whole set may be unreadable; the process that
+    completes the set checks it. part: (i, n) makes only the shards i, i + n, ...; the process that ends last completes
+    the set. InputError if the folder holds another set or cannot be written, or if too many images are unreadable;
+    RunError if latents are not finite.
     """
-    raise NotImplementedError
+    planned = plan(data, codec, stage, seed=seed, mirrored=mirrored)
+    order = data.buckets and [bucket for bucket in data.buckets if len(bucket)]
+    known = set(_unreadable(data))  # from the index of the data
+    reported = set[str]()
+
+    def solve(block: range) -> dict[str, Tensor]:
+        indices: Sequence[int] = block
+        if order:
+            bucket = planned.layout.bucket(planned.layout.holding(block.start))
+            first = planned.first_items[bucket]
+            indices = order[bucket][block.start - first : block.stop - first].tolist()
+        items = data.items(0, indices)
+        found = _encoded(items.samples.to(device), codec, planned, block)
+        found = {name: stored(values, planned.dtype).cpu() for name, values in found.items()}
+        _refuse_non_finite(found, planned, block)
+        if items.labels is not None:
+            found[LABELS] = items.labels
+        return found if items.sizes is None else found | {SIZES: items.sizes}
+
+    def encode(blocks: list[dict[str, Tensor]], indices: range) -> tuple[bytes, LatentShard]:
+        tensors = {name: torch.cat([block[name] for block in blocks]).contiguous() for name in blocks[0]}
+        new = [name for name in _unreadable(data) if name not in known | reported]
+        reported.update(new)
+        content = save(tensors)
+        return content, LatentShard(
+            start=indices.start,
+            stop=indices.stop,
+            size=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            shape=tuple(tensors[planned.tensors[0]].shape[1:]),
+            sizes=SIZES in tensors,
+            unreadable=[one_line(name, NAME) for name in new[:MAX_NAMED]],
+        )
+
+    def check(listed: Mapping[str, LatentShard]) -> None:
+        found = sorted(
+            {*(one_line(name, NAME) for name in known), *(n for file in listed.values() for n in file.unreadable)}
+        )
+        if len(found) > max_unreadable:
+            raise InputError(
+                f"data '{data.name}': {len(found)} images cannot be read: {few(found)}; repair or remove them, or "
+                f"increase data.max_unreadable (now {max_unreadable})"
+            )
+
+    make(
+        KIND,
+        planned,
+        folder,
+        block=planned.block,
+        item_bytes=planned.bytes_of(planned.shape),
+        solve=solve,
+        encode=encode,
+        progress=progress,
+        stop=stop,
+        part=part,
+        check=check,
+    )
+
+
+def _unreadable(data: DataSet) -> Sequence[str]:
+    return data.unreadable if isinstance(data, Skipping) else ()
+
+
+def _encoded(samples: Tensor, codec: Codec, planned: LatentManifest, block: range) -> dict[str, Tensor]:
+    """The tensors of latents of some samples [n, ...] by name, in float32."""
+    if planned.latents == "pixels":
+        return {"pixels": samples}
+    versions = {"": samples, MIRRORED: samples.flip(-1)} if planned.mirrored else {"": samples}
+    found = {}
+    for prefix, pixels in versions.items():
+        if planned.latents == "mean":
+            found[f"{prefix}mean"] = codec.encode(pixels)
+            continue
+        mean, log_variance = codec.moments(pixels)
+        if planned.latents == "moments":
+            found |= {f"{prefix}mean": mean, f"{prefix}log_variance": log_variance}
+            continue
+        assert planned.seed is not None
+        noise = draws.sample_noise(draws.key(planned.seed, "latents", prefix), block, tuple(mean.shape[1:]))
+        found[f"{prefix}sample"] = sampled(mean, log_variance, noise.to(mean.device))
+    return found
+
+
+def sampled(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the normal distribution with these moments; noise: standard normal. All [n, ...]."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+def _refuse_non_finite(found: Mapping[str, Tensor], planned: LatentManifest, block: range) -> None:
+    for name, values in found.items():
+        finite = restored(values).isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise RunError(
+                f"the {name} of image {block[int(finite.int().argmin())]} contains NaN or infinity as {planned.dtype}; "
+                "its shard was not written, earlier ones are intact. Use dtype: float32, or another autoencoder"
+            )

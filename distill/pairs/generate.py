@@ -64,8 +64,8 @@ def generate(
         _refuse_non_finite(solved, block.start, planned)
         return solved
 
-    def begin() -> None:
-        if fit is None and not is_checked:
+    def begin(is_new: bool) -> None:
+        if is_new and fit is None and not is_checked:
             accuracy.advise(field, planned, real, device, folder, progress, stop)
 
     completed = shards.make(

@@ -69,7 +69,7 @@ class PairSet:
                 f"{printable(manifest.teacher_digest[:12])}, expected {str(teacher_digest)[:12]}; generate pairs with "
                 "this teacher"
             )
-        faults = files.faults(folder, manifest, (rank, size))
+        faults = files.faults(KIND, folder, manifest, (rank, size))
         if faults:
             raise InputError(
                 f"{folder}: {files.few(faults)}; delete damaged and unknown files, then resume "

@@ -32,7 +32,7 @@ def make(
     progress: Progress,
     stop: StopRequest,
     part: tuple[int, int] | None = None,
-    begin: Callable[[], None] = lambda: None,
+    begin: Callable[[bool], None] = lambda is_new: None,
     check: Callable[[Mapping[str, E]], None] = lambda listed: None,
 ) -> M | None:
     """Make the shards of a set that `folder` does not have yet. Returns the manifest if this completed the set.
@@ -43,8 +43,10 @@ def make(
     planned: the manifest, without shards. block: items that are solved together, of which shards hold a multiple. The
     last block of a shard may have fewer. item_bytes: about how much space an item takes. solve: makes the items of one
     block. encode: the bytes of a shard, from its blocks, and its entry.
-    part: (i, n) makes only the shards i, i + n, ...; other processes make the rest. begin: called if part 0 has no
-    shard yet. check: called with all entries before the manifest of the complete set is written; it may raise.
+
+    part: (i, n) makes only the shards i, i + n, ...; other processes make the rest. begin: called before the first
+    shard is made, with whether this is part 0 and it has no shard yet. check: called with all entries before the
+    manifest of the complete set is written; it may raise.
 
     InputError if the folder holds another set or cannot be written.
     """
@@ -60,8 +62,7 @@ def make(
     left = sum(len(layout.indices(number)) for number in missing)
     done, kept = layout.items(ours) - left, len(ours) - len(missing)
     space.require(folder, left * item_bytes, f"{left:,} {kind.items}")
-    if done == 0 and ours and ours.start == 0:
-        begin()
+    begin(done == 0 and bool(ours) and ours.start == 0)
     progress.start(done)
     listed = dict(manifest.shards)
     for already, number in enumerate(missing, start=kept):
@@ -102,9 +103,9 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
     InputError if the folder holds another set.
     """
     # Listed before the manifest is read, because another process may be creating both.
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in kind.others)
     layout, found = planned.layout, files.read(kind, folder)
-    strangers = files.foreign(folder, layout) if found else shards
+    strangers = files.foreign(kind, folder, layout) if found else shards
     if found and (differences := found.differences(planned)):
         raise InputError(
             f"{folder} contains {kind.items} with other settings: {', '.join(differences)}; delete the folder, or use "

@@ -63,11 +63,13 @@ class SetKind(Generic[M, E]):
     """A kind of sets.
 
     items: what a set consists of, for messages, such as "pairs". manifest, entry: the pydantic models of its files.
+    others: names of further safetensors files that belong to a set.
     """
 
     items: str
     manifest: type[M]
     entry: type[E]
+    others: frozenset[str] = frozenset()
 
 
 def read(kind: SetKind[M, E], folder: Path) -> M | None:
@@ -125,10 +127,10 @@ def check(items: str, layout: Layout, shards: Mapping[str, ShardEntry], item_byt
             raise ValueError(f"shards: {name} {wrong or f'has {file.size} bytes, too few for its {items}'}")
 
 
-def foreign(folder: Path, layout: Layout) -> list[str]:
+def foreign(kind: SetKind[M, E], folder: Path, layout: Layout) -> list[str]:
     """Names of shards in the folder that do not belong to the set."""
     names = (path.name for path in folder.glob("*.safetensors"))
-    return sorted(name for name in names if layout.number(name) is None)
+    return sorted(name for name in names if layout.number(name) is None and name not in kind.others)
 
 
 def fault(path: Path, file: ShardEntry, *, content: bool = True) -> str | None:
@@ -149,8 +151,31 @@ def fault(path: Path, file: ShardEntry, *, content: bool = True) -> str | None:
         return f"not readable ({error.strerror})"
 
 
+def complete(kind: SetKind[M, E], folder: Path) -> M:
+    """The manifest of a complete set in a cache. InputError if there is none, or if it is not complete."""
+    manifest = read(kind, folder)
+    if manifest is None:
+        raise InputError(f"{folder} contains no {kind.items} (no manifest.json); run `distill cache` to make them")
+    files = manifest.layout.files
+    if not manifest.done or len(manifest.shards) < files:
+        raise InputError(
+            f"{folder} is incomplete: {made(kind, folder, manifest)} of {files} shards exist; run `distill cache` "
+            "again to finish it"
+        )
+    return manifest
+
+
+def refuse_faults(folder: Path, wrong: Sequence[str]) -> None:
+    """InputError if anything is wrong with the files of a cache. wrong: see `faults`."""
+    if wrong:
+        raise InputError(
+            f"{folder}: {few(wrong)}; delete damaged and unknown files, then run `distill cache`: missing shards are "
+            "made again"
+        )
+
+
 def faults(
-    folder: Path, manifest: SetManifest, part: tuple[int, int] | None = None, *, content: bool = True
+    kind: SetKind[M, E], folder: Path, manifest: M, part: tuple[int, int] | None = None, *, content: bool = True
 ) -> list[str]:
     """What is wrong with the shards of a part of a complete set, and with other files of the folder.
 
@@ -161,7 +186,7 @@ def faults(
         found = fault(folder / name, manifest.shards[name], content=content)
         wrong += [f"{name} is {found}"] if found else []
     if part is None or part[0] == 0:
-        wrong += [f"{name} does not belong to this set" for name in foreign(folder, layout)]
+        wrong += [f"{name} does not belong to this set" for name in foreign(kind, folder, layout)]
     return wrong
 
 

@@ -23,11 +23,14 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
 from distill.flow.conditioning import ConditionRows
 from distill.flow.mapped import NPY, MappedArray, MappedRows, arrays
+from distill.shards import manifest
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.teachers.read import short, unreadable
+from distill.teachers.sharded_rows import KIND, ShardedRows
 
 ENCODER = "distill.encoder"  # name of the digest of the text encoders in the metadata
 CHECKED = 2**28  # bytes of rows that are checked for NaN before any is used
+MANIFEST = "manifest.json"
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
 
 
@@ -100,9 +103,12 @@ class ConditionFile:
 def read(path: Path) -> ConditionFile:
     """Opens a file or folder with conditions, of which only the rows that are used are read.
 
-    InputError if it is damaged, has no rows, or values that are not finite. Rows of more than CHECKED bytes are checked
-    only when they are used.
+    A folder that `distill cache` has made is opened by `sharded_rows`. InputError if it is damaged, has no rows, or
+    values that are not finite. Rows of more than CHECKED bytes are checked only when they are used.
     """
+    if (path / MANIFEST).exists():
+        opened = ShardedRows.open(path)
+        return ConditionFile(path, opened, opened.null_rows, opened.manifest.digest, opened.manifest.encoder_digest)
     if not path.exists():
         raise InputError(
             f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`, or give a "
@@ -184,6 +190,9 @@ def encoder_of(path: Path) -> str | None:
     It is also None if the file cannot be read, which `read` reports.
     """
     try:
+        if (path / MANIFEST).exists():
+            found = manifest.read(KIND, path)
+            return None if found is None else found.encoder_digest
         with safe_open(path, framework="pt") as file:
             return _encoder_in(path, file.metadata())
     except (OSError, SafetensorError):
