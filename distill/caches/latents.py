@@ -3,39 +3,26 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill.caches.manifest import KIND, MAX_NAMED, MIRRORED, LatentManifest, LatentShard
+from distill.caches.manifest import KIND, MAX_NOTED, MIRRORED, CachedBucket, LatentManifest, LatentShard
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.text import one_line
-from distill.data.source import DataSet
+from distill.data.source import Bucket, DataSet, Skipping
 from distill.flow import draws
 from distill.protocols import Codec
 from distill.runs.progress import Progress
 from distill.shards import make
-from distill.shards.manifest import few
 from distill.shards.values import restored, stored
 from distill.spec import cachespec
 from distill.spec.cachespec import CacheStage
 
 LABELS, SIZES = "labels", "sizes"  # names of tensors
-NAME = 300  # characters of the name of an unreadable image
-
-
-@runtime_checkable
-class Skipping(Protocol):
-    """A data set that skips items that turn out to be unreadable when they are used: the next item takes their place.
-
-    What it returns does not depend on which of them it has already found.
-    """
-
-    @property
-    def unreadable(self) -> Sequence[str]: ...  # the names of those that it has found so far
 
 
 def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored: bool = False) -> LatentManifest:
@@ -60,7 +47,7 @@ def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored:
         seed=seed if latents == "sample" else None,
         dtype="uint8" if latents == "pixels" else stage.dtype,
         count=len(data),
-        buckets=[len(bucket) for bucket in data.buckets or [] if len(bucket)],
+        buckets=[CachedBucket(shape=codec.shape(each.shape), count=len(each.items)) for each in _filled(data)],
         block=stage.block,
         shard=stage.shard,
         shape=codec.shape(data.shape),
@@ -99,29 +86,25 @@ def generate(
     stop: StopRequest,
     part: tuple[int, int] | None = None,
     mirrored: bool = False,
-    max_unreadable: int = 0,
 ) -> None:
     """Make the shards of a cache that `folder` does not have yet, from the items of epoch 0. See `shards.make`.
 
     If an image turns out to be unreadable, its row has what the data set returns in its place. The progress counts
     images.
 
-    data, mirrored: see `plan`. max_unreadable: so many images of the whole set may be unreadable; the process that
-    completes the set checks it. part: (i, n) makes only the shards i, i + n, ...; the process that ends last completes
-    the set. InputError if the folder holds another set or cannot be written, or if too many images are unreadable;
-    RunError if latents are not finite.
+    data, mirrored: see `plan`. part: (i, n) makes only the shards i, i + n, ...; the process that ends last completes
+    the set. InputError if the folder holds another set or cannot be written, or if more images are unreadable than the
+    data allows; RunError if latents are not finite.
     """
-    planned = plan(data, codec, stage, seed=seed, mirrored=mirrored)
-    order = data.buckets and [bucket for bucket in data.buckets if len(bucket)]
-    known = set(_unreadable(data))  # from the index of the data
-    reported = set[str]()
+    planned, buckets = plan(data, codec, stage, seed=seed, mirrored=mirrored), _filled(data)
+    noted = 0
 
     def solve(block: range) -> dict[str, Tensor]:
         indices: Sequence[int] = block
-        if order:
+        if buckets:
             bucket = planned.layout.bucket(planned.layout.holding(block.start))
             first = planned.first_items[bucket]
-            indices = order[bucket][block.start - first : block.stop - first].tolist()
+            indices = [int(item) for item in buckets[bucket].items[block.start - first : block.stop - first]]
         items = data.items(0, indices)
         found = _encoded(items.samples.to(device), codec, planned, block)
         found = {name: stored(values, planned.dtype).cpu() for name, values in found.items()}
@@ -132,28 +115,23 @@ def generate(
 
     def encode(blocks: list[dict[str, Tensor]], indices: range) -> tuple[bytes, LatentShard]:
         tensors = {name: torch.cat([block[name] for block in blocks]).contiguous() for name in blocks[0]}
-        new = [name for name in _unreadable(data) if name not in known | reported]
-        reported.update(new)
+        nonlocal noted
+        skipped = list(data.skipped[noted:]) if isinstance(data, Skipping) else []
+        noted += len(skipped)
         content = save(tensors)
         return content, LatentShard(
             start=indices.start,
             stop=indices.stop,
             size=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
-            shape=tuple(tensors[planned.tensors[0]].shape[1:]),
             sizes=SIZES in tensors,
-            unreadable=[one_line(name, NAME) for name in new[:MAX_NAMED]],
+            skipped=sorted(skipped)[:MAX_NOTED],
         )
 
     def check(listed: Mapping[str, LatentShard]) -> None:
-        found = sorted(
-            {*(one_line(name, NAME) for name in known), *(n for file in listed.values() for n in file.unreadable)}
-        )
-        if len(found) > max_unreadable:
-            raise InputError(
-                f"data '{data.name}': {len(found)} images cannot be read: {few(found)}; repair or remove them, or "
-                f"increase data.max_unreadable (now {max_unreadable})"
-            )
+        """Count the unreadable images that all processes have found."""
+        if isinstance(data, Skipping):
+            data.skip(sorted({row for file in listed.values() for row in file.skipped}))
 
     make(
         KIND,
@@ -170,8 +148,9 @@ def generate(
     )
 
 
-def _unreadable(data: DataSet) -> Sequence[str]:
-    return data.unreadable if isinstance(data, Skipping) else ()
+def _filled(data: DataSet) -> list[Bucket]:
+    """The buckets of the data that are not empty."""
+    return [each for each in data.buckets or [] if len(each.items)]
 
 
 def _encoded(samples: Tensor, codec: Codec, planned: LatentManifest, block: range) -> dict[str, Tensor]:

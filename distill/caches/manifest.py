@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -23,7 +24,7 @@ LATENT_TENSORS = {
     "mean": ("mean",),
     "pixels": ("pixels",),
 }
-MAX_NAMED = 100  # unreadable images that a record names
+MAX_NOTED = 1000  # unreadable images that a record lists
 SampleShape = Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
 
 
@@ -35,12 +36,18 @@ class LatentShard(FrozenModel):
     size: PositiveInt
     """bytes"""
     sha256: Sha256
-    shape: SampleShape
-    """of one sample"""
     sizes: bool
     """whether it has the sizes of its images, see `protocols.Conditioning`"""
-    unreadable: Annotated[list[str], Field(max_length=MAX_NAMED)] = []
-    """only in records: images that turned out to be unreadable while the shard was made"""
+    skipped: Annotated[list[ItemIndex], Field(max_length=MAX_NOTED)] = []
+    """only in records: rows of the data that turned out to be unreadable while the shard was made"""
+
+
+class CachedBucket(FrozenModel):
+    """The items of one size."""
+
+    shape: SampleShape
+    """of one sample"""
+    count: PairCount
 
 
 class LatentManifest(FrozenModel):
@@ -65,8 +72,8 @@ class LatentManifest(FrozenModel):
     """of the samples; null unless latents is sample"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"]
     count: PairCount
-    buckets: Annotated[list[PairCount], Field(max_length=100_000)] = []
-    """number of items of each size, if the data has buckets"""
+    buckets: Annotated[list[CachedBucket], Field(max_length=10_000)] = []
+    """if the data has items of several sizes"""
     block: ShardPairs
     """images that are encoded together"""
     shard: ShardPairs
@@ -82,24 +89,27 @@ class LatentManifest(FrozenModel):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.buckets and sum(self.buckets) != self.count:
-            raise ValueError(f"buckets have {sum(self.buckets)} items, count is {self.count}")
+        if self.buckets and (total := sum(each.count for each in self.buckets)) != self.count:
+            raise ValueError(f"buckets have {total} items, count is {self.count}")
         if (self.seed is None) == (self.latents == "sample"):
             raise ValueError(f"seed must {'' if self.seed is None else 'not '}be given with latents: {self.latents}")
         if (self.dtype == "uint8") != (self.latents == "pixels"):
             raise ValueError(f"dtype is {self.dtype} with latents: {self.latents}")
         files.check("images", self.layout, self.shards, 0)
         for name, file in self.shards.items():
-            if file.size < (file.stop - file.start) * self.bytes_of(file.shape):
+            number = self.layout.holding(file.start)
+            if file.size < (file.stop - file.start) * self.bytes_of(self.shape_in(number)):
                 raise ValueError(f"shards: {name} has {file.size} bytes, too few for its images")
-            if not self.buckets and file.shape != self.shape:
-                raise ValueError(f"shards: {name} has samples of shape {list(file.shape)}, not {list(self.shape)}")
         return self
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Which items belong in which file, whether or not it exists."""
-        return Layout(self.count, self.shard, tuple(self.buckets))
+        return Layout(self.count, self.shard, tuple(each.count for each in self.buckets))
+
+    def shape_in(self, number: int) -> tuple[int, ...]:
+        """The shape of one sample in file `number`."""
+        return self.buckets[self.layout.bucket(number)].shape if self.buckets else self.shape
 
     @property
     def tensors(self) -> list[str]:
@@ -111,7 +121,7 @@ class LatentManifest(FrozenModel):
     @property
     def first_items(self) -> list[int]:
         """The first item of each bucket, and the number of all items."""
-        return list(accumulate(self.buckets or [self.count], initial=0))
+        return list(accumulate((each.count for each in self.buckets) if self.buckets else [self.count], initial=0))
 
     def bytes_of(self, shape: tuple[int, ...]) -> int:
         """Bytes of the latents of one image, whose samples have this shape."""
@@ -129,7 +139,7 @@ class LatentManifest(FrozenModel):
         return hashlib.sha256(self.model_dump_json(exclude={"data"}).encode()).hexdigest()
 
     def with_shards(self, shards: Mapping[str, LatentShard], done: bool) -> Self:
-        known = {name: file.model_copy(update={"unreadable": []}) for name, file in shards.items()}
+        known = {name: file.model_copy(update={"skipped": []}) for name, file in shards.items()}
         return self.model_copy(update={"shards": known, "done": done})
 
     def differences(self, other: "LatentManifest") -> list[str]:
@@ -138,8 +148,8 @@ class LatentManifest(FrozenModel):
         return [f"{name} is {value}, expected {others[name]}" for name, value in mine.items() if value != others[name]]
 
     def save(self, folder: Path) -> None:
-        """Write the manifest. It does not name unreadable images, so that its bytes depend on the settings only."""
-        content = self.model_dump(mode="json", exclude={"shards": {"__all__": {"unreadable"}}})
+        """Write the manifest. It does not list unreadable images, so that its bytes depend on the settings only."""
+        content = self.model_dump(mode="json", exclude={"shards": {"__all__": {"skipped"}}})
         write_json(folder / "manifest.json", content)
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from distill.caches.latents import LABELS, SIZES, sampled
 from distill.caches.manifest import KIND, MIRRORED, LatentManifest
 from distill.core import records
 from distill.core.errors import InputError, RunError
-from distill.data.source import Items
+from distill.data.source import Bucket, Items
 from distill.flow import draws
 from distill.shards import LatestShards, mapped
 from distill.shards import manifest as files
@@ -46,10 +45,11 @@ class CachedLatents:
         return self.manifest.digest
 
     @property
-    def buckets(self) -> list[NDArray[np.int64]] | None:
-        """The items of each size."""
-        ends = self.manifest.first_items
-        return [np.arange(*each) for each in zip(ends, ends[1:], strict=False)] if self.manifest.buckets else None
+    def buckets(self) -> list[Bucket] | None:
+        """The items of each size; None: all have one."""
+        ends, buckets = self.manifest.first_items, self.manifest.buckets
+        found = [Bucket(each.shape, range(*i)) for each, i in zip(buckets, pairwise(ends), strict=bool(buckets))]
+        return found or None
 
     @property
     def shards(self) -> list[list[range]]:
@@ -101,11 +101,11 @@ class CachedLatents:
     def _load(self, number: int) -> dict[str, Tensor]:
         """A shard, mapped into memory. RunError if it cannot be read or does not fit the manifest."""
         manifest, name = self.manifest, self._layout.name(number)
-        entry, count = manifest.shards[name], len(self._layout.indices(number))
-        expected = dict.fromkeys(manifest.tensors, (DTYPES[manifest.dtype], (count, *entry.shape)))
+        shape, count = manifest.shape_in(number), len(self._layout.indices(number))
+        expected = dict.fromkeys(manifest.tensors, (DTYPES[manifest.dtype], (count, *shape)))
         if manifest.num_classes is not None:
             expected[LABELS] = (torch.int64, (count,))
-        if entry.sizes:
+        if manifest.shards[name].sizes:
             expected[SIZES] = (torch.int64, (count, 6))
         tensors = mapped.load(self.folder / name, expected)
         labels, classes = tensors.get(LABELS), manifest.num_classes
