@@ -33,7 +33,7 @@ def make(
     stop: StopRequest,
     part: tuple[int, int] | None = None,
     begin: Callable[[bool], None] = lambda is_new: None,
-    check: Callable[[Mapping[str, E]], None] = lambda listed: None,
+    check: Callable[[Mapping[str, E]], None] | None = None,
 ) -> M | None:
     """Make the shards of a set that `folder` does not have yet. Returns the manifest if this completed the set.
 
@@ -45,8 +45,8 @@ def make(
     block. encode: the bytes of a shard, from its blocks, and its entry.
 
     part: (i, n) makes only the shards i, i + n, ...; other processes make the rest. begin: called before the first
-    shard is made, with whether this is part 0 and it has no shard yet. check: called with all entries before the
-    manifest of the complete set is written; it may raise.
+    shard is made, with whether this is part 0 and it has no shard yet. check: called with the records of all
+    shards before the manifest of the complete set is written; it may raise.
 
     InputError if the folder holds another set or cannot be written.
     """
@@ -81,7 +81,8 @@ def make(
         listed = listed | files.records(kind, folder, layout)[0]  # the part that ends last completes the set
     completed = None
     if len(listed) == layout.files and not manifest.done:
-        check(listed)
+        if check is not None:
+            check(listed | files.records(kind, folder, layout)[0])
         completed = manifest.with_shards(dict(sorted(listed.items())), done=True)
         completed.save(folder)
     if part is None:
