@@ -29,8 +29,8 @@ OPEN = 64  # shards that are open at a time: prompts of neighbouring images are 
 TYPES = {str(each).removeprefix("torch."): each for each in (
     torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
 )}  # fmt: skip
-Side = Annotated[int, Field(ge=0, le=1 << 24)]
-RowShape = Annotated[tuple[Side, ...], Field(max_length=8)]
+RowSide = Annotated[int, Field(ge=0, le=1 << 24)]
+RowShape = Annotated[tuple[RowSide, ...], Field(max_length=8)]
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 ByField = Annotated[dict[FieldName, RowShape], Field(min_length=1, max_length=64)]
 TypeName = Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
