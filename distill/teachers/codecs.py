@@ -18,6 +18,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
+from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.flow.codecs import LatentScaling, together
 from distill.teachers import files, weights
@@ -140,7 +141,7 @@ class LatentCodec:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over configuration and weights. The files are read, but the autoencoder is not loaded."""
-        digests = [weights.digest_of(path) for path in self._paths]
+        digests = [file_checksums.sha256(path) for path in self._paths]
         identity = {"config": lasting(self.config), "weights": digests}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

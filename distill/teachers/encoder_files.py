@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
+from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files, weights
+from distill.teachers import files
 from distill.teachers.convention import Convention
 from distill.teachers.describe import Facts, describe
 from distill.teachers.files import Parts
@@ -120,16 +120,9 @@ def refuse_other(spec: CheckpointTeacher, encoder: str | None) -> None:
 
 def _digest_of(path: Path) -> str:
     try:
-        status = path.stat()
-        return _digest_of_version(path, status.st_size, status.st_mtime_ns)
+        return file_checksums.sha256(path)
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-@lru_cache(maxsize=4096)
-def _digest_of_version(path: Path, size: int, modified: int) -> str:
-    """The SHA-256 of a file of this size that was modified at this time: some have many gigabytes."""
-    return weights.digest_of(path)
 
 
 def _variant(pipeline: Path, names: Sequence[str], wanted: str | None) -> str | None:
