@@ -119,11 +119,12 @@ def test_options_without_effect_are_refused(flux, tmp_path):
     )
 
 
-def test_the_null_row_and_the_constants_are_copied_to_a_device_once():
+def test_the_null_row_is_copied_to_a_device_once_and_constants_are_those_of_the_condition():
     table = ConditionTable({"a": torch.ones(4, 2)}, {"a": torch.zeros(1, 2)}, {"b": torch.ones(3)})
-    first, second = (table.null({"a": torch.empty(2, 2, device="meta")}) for _ in range(2))
+    cond = {"a": torch.empty(2, 2, device="meta"), "b": torch.empty(2, 3, device="meta")}
+    first, second = (table.null(cond) for _ in range(2))
     assert {name: tuple(each.shape) for name, each in first.items()} == {"a": (2, 2), "b": (2, 3)}
-    assert all(first[name]._base is second[name]._base for name in first)
+    assert first["a"]._base is second["a"]._base and first["b"] is second["b"] is cond["b"]
 
 
 def test_a_network_is_tested_with_a_small_sample(flux, tmp_path, capfd, monkeypatch):

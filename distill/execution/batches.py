@@ -33,7 +33,8 @@ def of_stage(
     labels = conditioning.count is not None
     real = None
     if data is not None:
-        real = CollatedBatches.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning)
+        found = DataSource(data, stage.batch_size, seed, labels=labels, sizes=labels and not _is_plain(conditioning))
+        real = CollatedBatches.of(found, conditioning)
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
         return real, {}
@@ -50,7 +51,7 @@ def of_stage(
 
 @dataclass(frozen=True)
 class CollatedBatches:
-    """Batches whose class indices are converted to the conditions of a network, on the CPU."""
+    """Batches whose class indices, and sizes of images, are converted to the conditions of a network, on the CPU."""
 
     source: Source
     conditioning: Conditioning
@@ -58,15 +59,19 @@ class CollatedBatches:
     @classmethod
     def of(cls, source: Source, conditioning: Conditioning) -> Source:
         """`source` with conditions, or `source` itself if its indices are the conditions."""
-        plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
-        return source if plain else cls(source, conditioning)
+        return source if _is_plain(conditioning) else cls(source, conditioning)
 
     def batch(self, step: int, rows: Rows) -> Batch:
         found = self.source.batch(step, rows)
         return replace(found, cond=self._collated(found.cond), data_cond=self._collated(found.data_cond))
 
     def _collated(self, cond: Cond) -> Cond:
-        return self.conditioning.collate(cond["class_labels"]) if cond else cond
+        return self.conditioning.collate(cond["class_labels"], cond.get("sizes")) if cond else cond
+
+
+def _is_plain(conditioning: Conditioning) -> bool:
+    """Whether class indices are the conditions, or there are none."""
+    return conditioning.count is None or isinstance(conditioning, ClassLabels)
 
 
 @dataclass(frozen=True)

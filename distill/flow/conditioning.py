@@ -75,10 +75,13 @@ class ConditionTable:
     """Conditions that were computed beforehand, such as embeddings of prompts: index i has row i.
 
     null_rows: [1, ...] by field, of the null condition; None: there is none.
-    constants: [...] by field, equal for all samples. of_sizes: computes those fields that depend on the sizes of the
-    images (see `protocols.Conditioning`) in place of the constants; None: no field does. dtypes: by field, the data
-    type that the network takes, to which rows are converted when they are used; a field that is not named has the data
-    type of its rows.
+    constants: [...] by field, equal for all samples. of_sizes: computes, from the sizes of images [B, 6] (see
+    `protocols.Conditioning`), those constants that depend on them, each [B, ...]. It is used where sizes are given; a
+    field that is not in `constants` is left out. dtypes: by field, the data type that the network takes, to which rows
+    are converted when they are used; a field that is not named has the data type of its rows.
+
+    The null condition has the constants of the condition that it replaces, and so also its sizes, as in the pipelines
+    of diffusers.
     """
 
     rows: ConditionRows
@@ -102,13 +105,16 @@ class ConditionTable:
     def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
         taken = self.rows.take(indices.cpu())
         found = {name: each.to(indices.device, self._dtype(name, each)) for name, each in taken.items()}
-        return found | _repeated(self._on(indices.device)[1], len(indices))
+        found |= _repeated(self._on(indices.device)[1], len(indices))
+        if sizes is not None and self.of_sizes is not None:
+            computed = {name: each for name, each in self.of_sizes(sizes).items() if name in self.constants}
+            found |= {name: each.to(indices.device, self.constants[name].dtype) for name, each in computed.items()}
+        return found
 
     def null(self, cond: Cond) -> Cond:
         assert self.null_rows is not None
         like = next(iter(cond.values()))
-        null, constants = self._on(like.device)
-        return _repeated(null, len(like)) | _repeated(constants, len(like))
+        return _repeated(self._on(like.device)[0], len(like)) | {name: cond[name] for name in self.constants}
 
     def _dtype(self, name: str, rows: Tensor) -> torch.dtype:
         return self.dtypes.get(name, rows.dtype)

@@ -111,6 +111,13 @@ class Convention:
         """Tensors of a condition that are the same for all samples, without the dimension of the batch."""
         return {}
 
+    def of_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        """Those of `constants` that depend on the sizes of images [B, 6] (see `protocols.Conditioning`), each [B, ...].
+
+        It may return tensors that `constants` leaves out for some networks.
+        """
+        return {}
+
     def conditioning(self, config: Config, path: Path, asked: Asked) -> Conditioning:
         """What the network is conditioned on. InputError if the spec does not give what the network needs."""
         if not (fields := self.fields(config)):
@@ -149,6 +156,7 @@ class Convention:
             given.null_rows,
             {name: each for name, each in constants.items() if name not in given.rows.fields},
             {name: each.dtype for name, each in {**constants, **fields}.items()},
+            self.of_sizes,
         )
 
     def pipeline_of(self, config: Config) -> str:

@@ -87,6 +87,10 @@ class CogView4(Convention):
         size = torch.tensor(asked.size, dtype=torch.float32)
         return {"original_size": size, "target_size": size, "crop_coords": torch.zeros(2)}
 
+    def of_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        original, crop, sample = sizes.float().split(2, dim=1)
+        return {"original_size": original, "target_size": sample, "crop_coords": crop}
+
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_condition_embed"]
 

@@ -62,6 +62,10 @@ class HunyuanDiT(Convention):
         sizes = [ORIGINAL, ORIGINAL, *asked.size, 0, 0]
         return {"image_meta_size": torch.tensor(sizes, dtype=torch.float32), "style": torch.tensor(0)}
 
+    def of_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        original, crop, sample = sizes.float().split(2, dim=1)
+        return {"image_meta_size": torch.cat([original, sample, crop], dim=1)}
+
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_extra_emb"]
 

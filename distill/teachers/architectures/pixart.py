@@ -60,6 +60,11 @@ class PixArt(Convention):
             "aspect_ratio": torch.tensor([height / width]),
         }
 
+    def of_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        """As in the training of PixArt, the resolution is that of the original image."""
+        original, _, sample = sizes.float().split(2, dim=1)
+        return {"resolution": original, "aspect_ratio": sample[:, :1] / sample[:, 1:]}
+
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["adaln_single.emb"]
 

@@ -91,6 +91,9 @@ class UNetCondition(Convention):
         height, width = asked.size
         return {"time_ids": torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)}
 
+    def of_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        return {"time_ids": sizes.float()}
+
     def pipeline_of(self, config: Config) -> str:
         return self.pipelines[_Config.model_validate(config).is_xl]
 
