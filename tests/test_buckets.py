@@ -1,5 +1,6 @@
 """Buckets of images: their sizes, which image belongs to which, and what their samples are."""
 
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import test_teacher_dit as dit
 import test_teacher_sd3 as sd3
+import test_teacher_unet_condition as sd
 import torch
-from diffusers import UNet2DModel
-from latent import write
+from diffusers import UNet2DConditionModel, UNet2DModel
+from latent import ddim, write, write_conditions
+from latent_runs import RECIPES, content, run
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -332,3 +335,38 @@ def test_a_bucket_of_which_no_image_can_be_decoded_is_an_error(tmp_path):
         loaded.items(0, [2])
     said = "none of the 1 images of the bucket 24x40 (height x width) can be decoded; repair or remove them"
     assert str(caught.value) == f"{tmp_path.name}: {said}"
+
+
+OF_DATA = [name for name in RECIPES if name.partition("/")[0] in ("consistency", "shortcut", "score", "pretrain")]
+OF_DATA += ["reflow/perflow", "reflow/proreflow", "reflow/consistency_fm"]
+
+
+@pytest.mark.long
+def test_every_recipe_that_trains_on_data_trains_on_buckets_with_the_sizes_of_the_images(tmp_path, monkeypatch):
+    """An SDXL whose images belong to three buckets; also evaluated."""
+    rows, null = sd.embeddings(2, xl=True), sd.embeddings(5, xl=True)
+    conditions = write_conditions(tmp_path / "c.safetensors", rows, {name: each[:1] for name, each in null.items()})
+    place = write(tmp_path / "sdxl", sd.pipeline(ddim(**sd.SD), xl=True))
+    teacher = {"path": str(place), "size": [16, 16], "conditions": conditions}
+    for label in range(3):
+        folder(tmp_path / "images" / str(label), (20, 12), (16, 16), (12, 20), (24, 24), (30, 50))
+    given = {"kind": "images", "path": str(tmp_path / "images"), "size": 16, "buckets": {"step": 4}}
+    evaluation = {"kind": "evaluate", "students": {"flow_matching": [1]}, "teacher_steps": [], "samples": 16,
+                  "block": 8, "fine_steps": 1}  # fmt: skip
+    made = content(teacher, given, OF_DATA, {"eval": evaluation})
+    for stage in made["stages"].values():
+        if stage["kind"] == "train":
+            stage["images"] = 24
+    shapes, forward = set(), UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def seen(self, sample, *args, **kwargs):
+        sizes = kwargs["added_cond_kwargs"]["time_ids"]
+        assert (sizes[:, 4:] == torch.tensor(sample.shape[2:]) * 2).all()
+        shapes.add((tuple(sample.shape[2:]), sizes[:, :2].eq(16).all().item()))
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", seen)
+    run(tmp_path, made)
+    assert {shape for shape, _ in shapes} == {(6, 10), (8, 8), (10, 6)}
+    assert len(shapes) > 3, "some images were larger than their samples"
