@@ -23,6 +23,8 @@ from runs import ENV
 # /api/models/ID[/revision/REVISION], /api/models/ID/tree/REVISION[/FOLDER], /ID/resolve/REVISION/FILE
 ASKED = re.compile(r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?")
 
+RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
 NO_GC = "import gc\ngc.disable()\n"  # before a program, so that its imports take less time
 MUTE = "org/mute"  # who asks for this repository is hung up on
 GATED = "org/gated"  # of this one, and it must be among those served, all can be seen but the files
@@ -74,6 +76,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []  # METHOD path
+        self.sent = 0  # bytes of files
         self.held = ""  # half of the files of this name is sent, and the rest when the hub closes
         self.busy = False  # it tells nobody what a repository holds (429)
         self.closing = threading.Event()
@@ -120,6 +123,13 @@ class Answer(BaseHTTPRequestHandler):
         except LookupError as missing:
             status = 403 if str(missing) == "GatedRepo" else 404
             headers, body = {"X-Error-Code": str(missing)}, b""
+        asked = RANGE.fullmatch(self.headers.get("Range", ""))
+        if status == 200 and asked is not None and "/resolve/" in url.path:
+            start, stop = int(asked[1]), min(int(asked[2] or len(body)) + 1, len(body))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+            body, status = body[start:stop], 206
+        if self.command == "GET" and "/resolve/" in url.path:
+            self.server.sent += len(body)
         self.send_response(status)
         for header in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(*header)

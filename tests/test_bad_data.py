@@ -23,6 +23,7 @@ from test_tars import GOOD, LAST, sample, write
 
 from distill import data
 from distill.core.errors import InputError
+from distill.data import streams
 from distill.execution import sources
 from distill.spec import dataspec, specfile
 from distill.spec.model import LatentsData
@@ -43,6 +44,7 @@ def refusal(section: dict[str, object]) -> str:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(streams, "PAUSES", ())
 
 
 def nothing() -> None: ...
@@ -718,6 +720,127 @@ PROMPTS = {
     ),
 }
 CASES |= CAPTIONS | PROMPTS
+
+
+# --- streams ---
+
+
+def streamed(path: str = "set", **fields: object) -> dict[str, object]:
+    return {"kind": "hf", "path": path, "size": 8, "stream": True, **fields}
+
+
+def rows(**columns: object) -> Callable[[], None]:
+    """Writes two rows to set/train.parquet. columns: instead of the images, or beside them."""
+
+    def make() -> None:
+        Path("set").mkdir()
+        image = sample("x", 1)[0][1]
+        parquet.write_table(pa.table({"image": [{"bytes": image, "path": None}] * 2, **columns}), "set/train.parquet")
+
+    return make
+
+
+def truncated() -> None:
+    rows()()
+    Path("set/train.parquet").write_bytes(Path("set/train.parquet").read_bytes()[:-20])
+
+
+STREAMS = {
+    "a stream without parquet": (
+        folder("0.jpg"),
+        streamed("x"),
+        "data.path={tmp}/x has no parquet files but files of other formats, which cannot be streamed; use "
+        "data.stream=false",
+    ),
+    "fewer rows than the limit": (
+        rows(),
+        streamed(limit=3),
+        "data.limit=3, but data.path={set} (split 'train') has 2 rows; lower the limit, or remove it",
+    ),
+    "a stream without rows": (
+        rows(image=pa.array([], pa.binary())),
+        streamed(),
+        "data.path={set} (split 'train') has 0 rows; give a data set with rows",
+    ),
+    "a limit without a stream": (
+        nothing,
+        streamed(stream=False, limit=3),
+        "spec: data.limit=3 has no effect without data.stream=true; add that, or remove the limit",
+    ),
+    "a limit of zero": (nothing, streamed(limit=0), "spec: data.limit: 0 given; must be at least 1"),
+    "buckets of a stream": (
+        nothing,
+        streamed(size=32, buckets={"step": 8}),
+        "spec: data.buckets: the sizes of streamed images are not known beforehand; remove data.buckets, or use "
+        "data.stream=false",
+    ),
+    "a URL without a stream": (
+        nothing,
+        streamed("https://host/x.parquet", stream=False),
+        "spec: data.path is a URL, which can only be streamed; add data.stream=true, or download the files",
+    ),
+    "the revision of a folder": (
+        rows(),
+        streamed(revision="v2"),
+        "spec: data.revision=v2 has no effect: {set} is not a hub id; remove data.revision",
+    ),
+    "captions and labels of a stream": (
+        rows(text=["a", "b"], label=[0, 1]),
+        streamed(caption_column="text", label_column="label"),
+        "spec: data: caption_column and label_column are both given; images have captions or classes, so remove one of "
+        "them",
+    ),
+    "no such column in a stream": (
+        rows(text=["a", "b"]),
+        streamed(caption_column="txt"),
+        "data.caption_column=txt: no such column; did you mean 'text'? valid: image, text",
+    ),
+    "no such split of a stream": (
+        rows(),
+        streamed(split="val"),
+        "data.split=val: no such split; valid: train",
+    ),
+    "a stream of paths": (
+        rows(image=["a.png", "b.png"]),
+        streamed(),
+        "data.image_column=image contains string; valid for a stream: columns of encoded images",
+    ),
+    "names as labels of a stream": (
+        rows(label=["cat", "dog"]),
+        streamed(label_column="label"),
+        "data.label_column=label contains string, valid: class ids 0, 1, 2 ...; convert names with "
+        "class_encode_column('label')",
+    ),
+    "numbers as captions of a stream": (
+        rows(text=[1, 2]),
+        streamed(caption_column="text"),
+        "data.caption_column=text contains int64; valid: a column of texts",
+    ),
+    "negative labels of a stream": (
+        rows(label=[0, -1]),
+        streamed(label_column="label"),
+        "data.label_column=label: 1 rows have no valid class id (the first is row 1), valid: 0 to 0; remove them",
+    ),
+    "a stream without captions": (
+        rows(text=pa.array([None, " "], pa.string())),
+        streamed(caption_column="text", max_unreadable=9),
+        "data.caption_column=text: none of the 2 rows has a caption that can be used; give another column",
+    ),
+    "a stream of a file that is cut": (
+        truncated,
+        streamed(),
+        "data.path={set} (split 'train') cannot be streamed: Parquet magic bytes not found in footer. Either the file "
+        "is corrupted or this is not a parquet file.; valid: a hub id that can be reached, or a file, folder or URL of "
+        "parquet",
+    ),
+    "a stream of a server that does not answer": (
+        nothing,
+        streamed("http://127.0.0.1:9/x.parquet"),
+        "data.path=http://127.0.0.1:9/x.parquet (split 'train') cannot be streamed: there is no such file, or its "
+        "server cannot be reached; valid: a hub id that can be reached, or a file, folder or URL of parquet",
+    ),
+}
+CASES |= STREAMS
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,6 +18,8 @@ from PIL import Image
 from distill import data
 from distill.core.errors import InputError, RunError
 from distill.data import index, rows
+from distill.data.source import DataSource
+from distill.flow.draws import Rows
 from distill.spec.model import ImagesData, TarsData
 from distill.spec.specfile import located, validate
 
@@ -135,6 +137,23 @@ def test_patterns_are_those_of_a_shell(tmp_path, monkeypatch):
     content = {"name": "x", "stages": {}, "data": {"kind": "tars", "path": "x/{00..02}.tar", "size": 8}}
     moved = located(validate(content, "x"), [tmp_path])
     assert moved.data.path == f"{tmp_path}/x/{{00..02}}.tar"
+
+
+def test_an_epoch_reads_one_group_of_tars_after_the_other(tmp_path):
+    for i in range(8):
+        write(
+            tmp_path / "x" / f"{i}.tar", [each for k in range(5) for each in sample(f"{i}{k}", 10 * i + k, cls=str(i))]
+        )
+    (tmp_path / "x" / "0.tar").write_bytes((tmp_path / "x" / "0.tar").read_bytes()[:-11000])
+    loaded = data.load_data(spec(tmp_path / "x", label_key="cls", max_unreadable=1), 0)
+    assert loaded.shards[0][:3] == [
+        range(len(loaded) - 35),
+        *(range(n, n + 5) for n in range(len(loaded) - 35, len(loaded) - 25, 5)),
+    ]
+    source = DataSource(loaded, len(loaded), seed=2)
+    labels = source.batch(0, Rows(0, len(loaded), len(loaded))).cond["class_labels"].tolist()
+    first = set(labels[: len(labels) // 2 - 4])
+    assert len(first) == 4 and first.isdisjoint(labels[len(labels) // 2 + 4 :])
 
 
 # --- damage ---

@@ -214,6 +214,7 @@ def submit_new(
     try:
         with claims.claim(run, "submit"):
             where = _where(run, {each.what for each in found}, site, code)
+            start.say_stream(source.spec, run)
             _say_queued(run, source.spec.launch, queue.submit(run, source.spec, list(source.spec.stages), where))
     except InputError:
         shutil.rmtree(run.root)
@@ -262,6 +263,7 @@ def submit_again(
         found = prefetch.resolve(content, folder, prefetch.read(run))
         prefetch.keep(run, found)
         where = _where(run, {each.what for each in found}, site, code)
+        start.say_stream(content, run)
         _say_queued(run, content.launch, queue.submit(run, content, left, where, parted))
 
 

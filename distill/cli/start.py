@@ -12,7 +12,8 @@ from distill.cli.common import one_line
 from distill.core.atomic import write_atomic
 from distill.core.collection import importing
 from distill.core.errors import InputError
-from distill.core.text import suggest
+from distill.core.printing import say
+from distill.core.text import printable, suggest
 from distill.runs import run_store
 from distill.runs.run_store import (
     RunPaths,
@@ -115,12 +116,28 @@ def create(
 
         run_store.make(folder)
         data.update_index(source.spec.data, folder.absolute())  # store the index of the check for the run's processes
+        files |= data.run_files(source.spec.data)
     if isinstance(source.spec.teacher, CheckpointTeacher) and source.spec.teacher.conditions is not None:
         from distill.teachers import conditions
 
         run_store.make(folder)
         conditions.keep_checksums(source.spec.teacher, folder.absolute())
     return create_run(folder, source.spec.name, files)
+
+
+def say_stream(spec: "distill.spec.model.RunSpec", run: RunPaths | None = None) -> None:
+    """Say that the data of a spec is read over the network while it trains, if so. run: has the commit that is read."""
+    from distill.spec import dataspec
+
+    if (place := dataspec.remote(spec.data)) is None:
+        return
+    commit = None
+    if run is not None:
+        from distill import data
+
+        commit = data.streamed_commit(spec.data, run.root)
+    at = "" if commit is None else f" (commit {commit[:12]})"
+    say(f"data {printable(place)}{at} is streamed, not downloaded: each process that trains needs the network")
 
 
 def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | bytes]:

@@ -123,6 +123,7 @@ def plan(
         ["stage", "kind", "what", "work", "needs", "writes"],
         [[s.name, s.kind, s.what, s.work, ", ".join(s.needs), "\n".join(s.writes)] for s in steps],
     )
+    start.say_stream(source.spec)
     say(f"writes to {near(paths.root)}{taken}")
     say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:

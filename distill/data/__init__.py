@@ -28,7 +28,15 @@ from distill.spec.model import (
     TarsData,
 )
 
-__all__ = ["DataSet", "DataSource", "load_data", "load_prompts", "update_index"]
+__all__ = [
+    "DataSet",
+    "DataSource",
+    "load_data",
+    "load_prompts",
+    "run_files",
+    "streamed_commit",
+    "update_index",
+]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with decoded images; shared by all stages of the process
 _INDEXES: dict[Path, ImageIndex] = {}  # by their path relative to a store or a run
@@ -53,6 +61,10 @@ def load_data(
             return arrays.digits()
         case MnistData():
             return arrays.mnist()
+        case HfData(stream=True):
+            from distill.data import streaming  # imported here because the datasets library takes a second
+
+            return streaming.load(spec, seed, folder, indexed=indexed)
         case ImagesData() | TarsData() | HfData():
             return _images(spec, seed, folder, keep, indexed)
         case LatentsData():
@@ -76,6 +88,10 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
     If the index cannot be written to the store, only a warning is printed: that copy just saves time in later runs.
     """
     match spec:
+        case HfData(stream=True):
+            from distill.data import streaming
+
+            streaming.update_index(spec, store, run)
         case ImagesData() | TarsData() | HfData():
 
             def images(known: ImageIndex | None) -> ImageIndex:
@@ -142,6 +158,24 @@ def _latent_index(spec: LatentsData, known: LatentIndex | None) -> LatentIndex:
     return _LATENT_INDEXES[place]
 
 
+def run_files(spec: DataSpec) -> dict[str, bytes]:
+    """Files of a new run, by relative path: for a stream, its index, which names the commit that the run reads."""
+    if isinstance(spec, HfData) and spec.stream:
+        from distill.data import streaming
+
+        return streaming.run_files(spec)
+    return {}
+
+
+def streamed_commit(spec: DataSpec, run: Path) -> str | None:
+    """The commit of the hub that a run streams; None if its data is not streamed from the hub."""
+    if isinstance(spec, HfData) and spec.stream:
+        from distill.data import streaming
+
+        return streaming.commit(spec, run)
+    return None
+
+
 def _images(
     spec: ImagesData | TarsData | HfData, seed: int, folder: Path | None, keep: bool, indexed: bool
 ) -> ImageData:
@@ -151,7 +185,8 @@ def _images(
     else:
         rows, known = _indexed(spec, known)
     name = _name(spec)
-    loaded = ImageData(name, rows, known, spec, seed)
+    kind = tars.TarImages if isinstance(spec, TarsData) and spec.buckets is None else ImageData
+    loaded = kind(name, rows, known, spec, seed)
     key = (spec.model_dump_json(), seed, loaded.digest, known.head.written)
     if key not in _LOADED and keep:
         _LOADED[key] = loaded

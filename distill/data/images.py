@@ -2,24 +2,22 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.data.aspects import nearest
+from distill.data.cropping import Cropped, cropped
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.facts import CHUNK, REASONS, State
 from distill.data.index import ImageIndex
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.data.rows import ImageRows
 from distill.data.source import Bucket, Items
-from distill.flow.draws import uniforms
 from distill.spec.model import ImageOptions
 
 KEEP_BYTES = 2**30  # maximum size of all decoded images that are kept in memory
@@ -80,7 +78,7 @@ class ImageData:
         labels = None if self._labels is None else self._labels[[each.row for each in found]]
         return Items(torch.stack([each.pixels for each in found]), labels, torch.tensor([each.sizes for each in found]))
 
-    def _item(self, i: int, epoch: int) -> "_Sample":
+    def _item(self, i: int, epoch: int) -> Cropped:
         """Returns the i-th readable image, or the next one of its bucket if that image is damaged.
 
         The result is the same in every process: it does not depend on which damage a process has already found.
@@ -100,7 +98,8 @@ class ImageData:
             except UNREADABLE:
                 self.skip([row])
             else:
-                return self._sample(pixels, row, epoch)
+                sides = (int(self._index.sides[row, 0]), int(self._index.sides[row, 1]))
+                return cropped(pixels, sides, self._size(row), self._options, self._seed, epoch, row)
         height, width = self._size(int(self._readable[i]))
         raise InputError(
             f"{self.name}: none of the {len(peers)} images of the bucket {height}x{width} (height x width) can be "
@@ -125,22 +124,6 @@ class ImageData:
     def _size(self, row: int) -> tuple[int, int]:
         """Height and width of a row's samples."""
         return self._sizes[0 if self._size_of is None else self._size_of[row]]
-
-    def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> "_Sample":
-        """Crops and flips pixels [C, H, W] that just cover a sample, and scales them to [-1, 1]."""
-        height, width = self._size(row)
-        spare_y, spare_x = pixels.shape[1] - height, pixels.shape[2] - width
-        u = uniforms(3, self._seed, epoch, row)
-        if self._options.crop == "random":
-            y, x = int(u[0] * (spare_y + 1)), int(u[1] * (spare_x + 1))
-        else:
-            y, x = spare_y // 2, spare_x // 2
-        sample = torch.from_numpy(pixels[:, y : y + height, x : x + width].copy())
-        sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
-        sizes = [*self._index.sides[row].tolist(), y, x, height, width]
-        if self._options.flip and u[2] < 0.5:
-            return _Sample(row, sample.flip(2), [*sizes[:3], spare_x - x, *sizes[4:]])
-        return _Sample(row, sample, sizes)
 
     def _decoded(self, row: int) -> NDArray[np.generic]:
         if row in self._kept:
@@ -224,14 +207,6 @@ class ImageData:
             raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
         if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
             printing.warn(f"{count} and are skipped: {names}")
-
-
-class _Sample(NamedTuple):
-    """An image as it is used in one epoch."""
-
-    row: int
-    pixels: Tensor  # [C, H, W]
-    sizes: list[int]  # see `protocols.Conditioning`; the left of the crop is that in the flipped image
 
 
 _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]

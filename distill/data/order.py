@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -134,3 +134,26 @@ class BatchOrder:
     def _before(self, epoch: int) -> list[int]:
         """How many batches of each bucket come before this epoch."""
         return [epoch * len(each) // self._batch_size for each in self._streams]
+
+
+class Ranges(Sequence[range]):
+    """The items of each shard, as two arrays would describe them.
+
+    stops: [S] where the items of each shard end, rising. last: the number of items; later shards have none.
+    """
+
+    def __init__(self, stops: NDArray[np.int64], last: int) -> None:
+        self._stops = np.minimum(stops[: int(np.searchsorted(stops, last)) + 1], last)
+
+    def __len__(self) -> int:
+        return len(self._stops)
+
+    @overload
+    def __getitem__(self, index: int) -> range: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[range]: ...
+    def __getitem__(self, index: int | slice) -> range | list[range]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # raises IndexError
+        return range(int(self._stops[number - 1]) if number else 0, int(self._stops[number]))

@@ -12,7 +12,9 @@ import numpy as np
 from distill.core.errors import InputError
 from distill.core.text import printable
 from distill.data.facts import THREADS, times
+from distill.data.images import ImageData
 from distill.data.index import FoundImages, FoundInTars, ImageIndex, is_settled
+from distill.data.order import Ranges
 from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileNames, TarRows
 from distill.data.tarfiles import SampleKeys, TarContent, scan
@@ -30,6 +32,16 @@ STORED = {
     CaptionFault.NOT_UTF8: b"\xff",
     CaptionFault.CONTROL: b"\0",
 }
+
+
+class TarImages(ImageData):
+    """Images in tars, which are read one group of tars after the other."""
+
+    @property
+    def shards(self) -> Sequence[Sequence[range]]:
+        """The items of each tar; see `source.ShardedData`."""
+        assert self._index.tar_stops is not None
+        return [Ranges(np.searchsorted(self._readable, self._index.tar_stops), len(self))]
 
 
 def rows(spec: TarsData, known: ImageIndex) -> TarRows:

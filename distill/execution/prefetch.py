@@ -79,7 +79,7 @@ FETCHED = Schema[_Fetched](_Fetched)
 
 
 def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
-    """Download everything that the spec names by hub id to the store, and report it on stderr.
+    """Download everything that the spec names by hub id to the store, except for streams, and report it on stderr.
 
     A revision is resolved to its current commit. InputError if a download fails.
 
@@ -101,7 +101,7 @@ def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], s
         from distill.teachers import by_id
 
         yield by_id.repository(teacher, commits.get(("teacher", teacher.path, teacher.revision)))
-    if isinstance(data, HfData) and data.is_of_hub:
+    if isinstance(data, HfData) and data.is_of_hub and not data.stream:
         from distill.data import tables
 
         yield tables.repository(data, commits.get(("data", data.path, data.revision)))

@@ -198,11 +198,16 @@ class HfData(ImageOptions):
     """column of class ids; null: no classes"""
     caption_column: str | None = None
     """column of captions; null: no captions"""
+    stream: bool = False
+    """read the rows from the parquet files of the hub, or of a path or URL, when they are used, instead of downloading
+    them first; training needs the network then"""
+    limit: Annotated[int, Field(ge=1, lt=2**40)] | None = None
+    """for stream: use only the first rows, this many; null: all rows"""
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether the path is a hub id, that is, there is no such local path."""
-        return not Path(self.path).exists()
+        """Whether the path is a hub id, that is, neither a URL nor a local path that exists."""
+        return "://" not in self.path and not Path(self.path).exists()
 
 
 class LatentsData(FrozenModel):
@@ -288,8 +293,24 @@ def mistakes(data: DataSpec) -> Iterator[str]:
             "data: caption_column and label_column are both given; images have captions or classes, so remove one of "
             "them"
         )
+    if isinstance(data, HfData) and data.limit is not None and not data.stream:
+        yield f"data.limit={data.limit} has no effect without data.stream=true; add that, or remove the limit"
+    if isinstance(data, HfData) and data.stream and data.buckets is not None:
+        yield (
+            "data.buckets: the sizes of streamed images are not known beforehand; remove data.buckets, or use "
+            "data.stream=false"
+        )
+    if isinstance(data, HfData) and "://" in data.path and not data.stream:
+        yield "data.path is a URL, which can only be streamed; add data.stream=true, or download the files"
+    if isinstance(data, HfData) and data.stream and data.revision is not None and not data.is_of_hub:
+        yield f"data.revision={data.revision} has no effect: {data.path} is not a hub id; remove data.revision"
     if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
         yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"
+
+
+def remote(data: DataSpec) -> str | None:
+    """The hub id or URL that is read while training; None if the data is on this machine by then."""
+    return data.path if isinstance(data, HfData) and data.stream and not Path(data.path).exists() else None
 
 
 def in_one_size(data: DataSpec) -> DataSpec:

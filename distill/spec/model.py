@@ -348,9 +348,12 @@ class RunSpec(FrozenModel):
 
     @property
     def hub_inputs(self) -> set[str]:
-        """The inputs that are given by hub id: a subset of "teacher" and "data". Makes no network request."""
+        """The inputs that are given by hub id and downloaded before jobs run: a subset of "teacher" and "data".
+
+        Makes no network request.
+        """
         teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
-        data = isinstance(self.data, HfData) and self.data.is_of_hub
+        data = isinstance(self.data, HfData) and self.data.is_of_hub and not self.data.stream
         return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
 
     def digest(self) -> str:

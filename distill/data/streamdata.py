@@ -1,0 +1,120 @@
+"""A data set of images that are streamed: rows of parquet files, which are read when they are used."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
+
+from distill.core import printing
+from distill.core.errors import InputError, RunError
+from distill.data.cropping import Cropped, cropped
+from distill.data.decoding import COLOURS, UNREADABLE, covering, decode, header
+from distill.data.images import MAX_PIXELS, SHOWN
+from distill.data.order import Ranges
+from distill.data.prompts import FAULTS, CaptionFault
+from distill.data.source import Items
+from distill.data.streamindex import StreamIndex
+from distill.data.streamrows import StreamRows
+from distill.spec.model import HfData
+
+
+class StreamData:
+    """Rows of a stream as samples [channels, height, width]. Implements `source.DataSet`.
+
+    Images are checked when they are decoded. If one is damaged, the next one takes its place. More than
+    options.max_unreadable damaged images and images without a usable caption raise InputError.
+    """
+
+    buckets = None
+    encoded = False
+
+    def __init__(self, name: str, index: StreamIndex, options: HfData, seed: int) -> None:
+        self.name, self.prompts = name, index.captions
+        self.num_classes = index.head.num_classes if self.prompts is None else len(self.prompts)
+        self.shape = (options.channels, *options.height_width)
+        self._rows, self._index, self._options, self._seed = StreamRows(options, index), index, options, seed
+        self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background
+        self._labels = torch.from_numpy(index.labels) if len(index.labels) else None
+        usable = None if self.prompts is None or (index.labels >= 0).all() else np.flatnonzero(index.labels >= 0)
+        self._usable = usable  # the rows with a caption; None: all rows
+        self.shards = [Ranges(index.stops if usable is None else np.searchsorted(usable, index.stops), len(self))]
+        self.digest = _digest(index, options)
+        self.skipped: list[int] = []
+        self._damaged: set[int] = set()
+        self._without = len(index) - len(self)
+        if self._without:
+            self._report()
+
+    def __len__(self) -> int:
+        return len(self._index) if self._usable is None else len(self._usable)
+
+    def items(self, epoch: int, indices: Sequence[int]) -> Items:
+        """Returns images [n, C, H, W] float32 in [-1, 1], labels [n] and sizes [n, 6].
+
+        Crop and flip depend on (seed, epoch, row). Raises RunError if the source cannot be read any more.
+        """
+        found = [self._item(int(i), epoch) for i in indices]
+        labels = None if self._labels is None else self._labels[[each.row for each in found]]
+        return Items(torch.stack([each.pixels for each in found]), labels, torch.tensor([each.sizes for each in found]))
+
+    def skip(self, rows: Sequence[int]) -> None:
+        """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""
+        new = [row for row in rows if row not in self._damaged]
+        self._damaged.update(new)
+        self.skipped += new
+        if new:
+            self._report()
+
+    def _item(self, i: int, epoch: int) -> Cropped:
+        """The i-th usable image, or of the next one if that image is damaged.
+
+        The result is the same in every process: it does not depend on which damage a process has already found.
+        """
+        for k in range(len(self)):
+            place = (i + k) % len(self)
+            row = place if self._usable is None else int(self._usable[place])
+            if row in self._damaged:
+                continue
+            try:
+                pixels, sides = self._decoded(row)
+            except (InputError, RunError):
+                raise
+            except UNREADABLE:
+                self.skip([row])
+            else:
+                return cropped(pixels, sides, self._options.height_width, self._options, self._seed, epoch, row)
+        raise AssertionError("_report refuses a stream without usable images")
+
+    def _decoded(self, row: int) -> tuple[NDArray[np.generic], tuple[int, int]]:
+        """Pixels, and height and width of the original. Raises one of UNREADABLE if the image is damaged."""
+        content = self._rows.read(row)
+        if content is None:
+            raise ValueError("the row has no image")
+        sides, options = header(content), self._options
+        height, width = covering(sides.height, sides.width, options.height_width)
+        if height * width > MAX_PIXELS:
+            raise ValueError("an extreme aspect ratio")
+        pixels = decode(content, self._rows.name(row), options.height_width, options.channels, self._background)
+        return pixels, (sides.height, sides.width)
+
+    def _report(self) -> None:
+        """Warns about the unusable images found so far. Raises InputError if there are too many."""
+        found, limit = self._without + len(self._damaged), self._options.max_unreadable
+        names = [self._rows.name(row) for row in sorted(self._damaged)[:SHOWN]]
+        for row in np.flatnonzero(self._index.labels < 0)[: SHOWN - len(names)].tolist():
+            names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
+        shown = ", ".join(names) + (", ..." if found > SHOWN else "")
+        count = f"{self.name}: {found} of {len(self._index)} images cannot be used"
+        if found > limit or found == len(self._index):
+            raise InputError(f"{count}: {shown}; remove them, or increase data.max_unreadable (now {limit})")
+        if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
+            printing.warn(f"{count} and are skipped: {shown}")
+
+
+def _digest(index: StreamIndex, options: HfData) -> str:
+    """SHA-256 over what identifies the rows, and the options that change samples."""
+    chosen = (options.image_column, options.size, options.channels, options.crop, options.flip, options.background)
+    return hashlib.sha256(f"{index.digest} {chosen}".encode()).hexdigest()
