@@ -11,8 +11,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from distill import data
-from distill.data import captions, index
-from distill.spec.model import HfData, ImagesData
+from distill.data import captions, index, overview
+from distill.spec.dataspec import PromptsData
+from distill.spec.model import DigitsData, HfData, ImagesData, NoData
 
 NAMES = ["a.png", "b.jpg", "x/a.png", "x/c.png"]
 TEXTS = ['a cat, "sitting"', "a dog", "Grüße 猫", "a dog"]
@@ -140,3 +141,31 @@ def test_captions_of_a_column(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_INDEXES", {})
     monkeypatch.delattr("distill.data.tables._captions")  # they come from the index
     assert data.load_data(chosen, 0, tmp_path).digest == first.digest
+
+
+def test_what_a_plan_shows_of_the_data(tmp_path):
+    root = beside(tmp_path / "set")
+    (root / "b.txt").unlink()
+    chosen = spec(root, max_unreadable=1)
+    found = overview.of(chosen, data.load_data(chosen, 0), None)
+    assert found.lines() == [
+        "data: 3 images of [1, 4, 4], 3 prompts",
+        '  prompt 0: a cat, "sitting"',
+        "  prompt 1: Grüße 猫",
+        "  prompt 2: a dog",
+        f"  skipped 1: {root}/b.jpg (row 1): no caption",
+    ]
+    (tmp_path / "a.txt").write_text("a\n\n\u202eb\nc\nd\n")
+    alone = PromptsData(kind="prompts", path=str(tmp_path / "a.txt"), max_unreadable=1)
+    assert overview.of(alone, None, None).lines() == [
+        "data: 4 prompts",
+        "  prompt 0: a",
+        "  prompt 1: \ufffdb",
+        "  prompt 2: c",
+        "  skipped 1: line 2: an empty prompt",
+    ]
+    digits = DigitsData(kind="digits")
+    assert overview.of(digits, data.load_data(digits, 0), None).lines() == [
+        "data: 1,797 images of [1, 8, 8], 10 classes"
+    ]
+    assert overview.of(NoData(kind="none"), None, None) is None

@@ -456,10 +456,10 @@ def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     source = start.find("s.yaml", ["stages.r.images=8", "stages.r.batch_size=8"], None)
     run = start.begin(tmp_path / "runs", source)
     said = (
-        f"warning: cannot create {tmp_path}/runs/indexes: File exists; nothing was changed; without an image "
-        "index in the "
+        f"warning: cannot create {tmp_path}/runs/indexes: File exists; nothing was changed; without an index of the "
+        "data in the "
     )
-    assert capfd.readouterr().err == said + "store, each new run reads all images again\n"
+    assert capfd.readouterr().err == said + "store, each new run reads all files again\n"
     stages.run(run, source.spec, ["r"], StopRequest())
     assert run.stage("r").done.exists()
     assert (tmp_path / "runs" / "indexes").read_text() == ""

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,13 +108,15 @@ def plan(
 
     folder = store_path(store)
     source = start.find(spec, changes or [], None)
-    resolved = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder).resolved
+    ready = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder)
+    resolved, found = ready.resolved, ready.data
     source, steps = replace(source, spec=resolved.spec), planning.steps(resolved)
     paths = RunPaths(folder.absolute() / source.spec.name)
     memory = _measured(source) if measure else {}
     if json:
         measured = {"memory": memory} if measure else {}
-        print_json({**planning.as_json(source.spec, paths, steps), **measured})
+        known = {"data": None if found is None else asdict(found)}
+        print_json({**planning.as_json(source.spec, paths, steps), **known, **measured})
         return
     exists = "  (a run with this name already exists; use --name OTHER for a new one, or --resume)"
     taken = exists if paths.root.exists() else ""
@@ -124,6 +126,8 @@ def plan(
         [[s.name, s.kind, s.what, s.work, ", ".join(s.needs), "\n".join(s.writes)] for s in steps],
     )
     start.say_stream(source.spec)
+    if found is not None:
+        say("\n".join(found.lines()))
     say(f"writes to {near(paths.root)}{taken}")
     say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:

@@ -13,8 +13,9 @@ import torch
 from distill import teachers
 from distill.core import file_checksums
 from distill.core.errors import InputError
-from distill.data import DataSet, load_data, load_prompts
+from distill.data import DataSet, load_data, load_prompts, overview
 from distill.data.encoded import codec_of, sample_shape
+from distill.data.overview import DataOverview
 from distill.execution import sources
 from distill.flow.codecs import PIXELS
 from distill.flow.interpolants import linear
@@ -66,6 +67,8 @@ class Ready:
     """the teacher that the spec names"""
     built: Mapping[str, Built]
     """by train stage; stages whose networks are known only after earlier stages are left out"""
+    data: DataOverview | None
+    """what the spec's data is; None: there is none"""
 
     def student(self, stage: str) -> Origin:
         """The untrained student of a stage. InputError if its networks are not known yet."""
@@ -122,7 +125,7 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
         except InputError as error:
             if known:
                 raise InputError(f"stages.{name}: {error}") from error
-    return Ready(resolved, teacher, built)
+    return Ready(resolved, teacher, built, overview.of(spec.data, data, store))
 
 
 def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | EvaluateStage) -> None:
