@@ -158,6 +158,8 @@ def test_sizes_of_samples_are_those_before_and_after_resizing_and_cropping(tmp_p
     whole = data.load_data(images(tmp_path), 0).items(0, [0])
     assert whole.sizes.tolist() == [[50, 100, 0, 4, 24, 40]]  # 24x48 in the middle
     assert whole.sizes.dtype == torch.int64
+    flipped = data.load_data(images(tmp_path, flip=True), 0)
+    assert all(torch.equal(flipped.items(epoch, [0]).sizes, whole.sizes) for epoch in range(4))  # as a cache keeps them
     loaded = data.load_data(images(tmp_path, crop="random", flip=True), 0)
     values = (loaded.items(0, [0]).samples + 1) * 127.5
     seen = set()

@@ -42,5 +42,6 @@ def cropped(
     sample = torch.from_numpy(pixels[:, y : y + height, x : x + width].copy())
     sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
     if options.flip and u[2] < 0.5:
-        return Cropped(row, sample.flip(2), [*sides, y, spare_x - x, height, width])
+        sample = sample.flip(2)
+        x = spare_x - x if options.crop == "random" else x  # in the middle, it is the same up to a pixel
     return Cropped(row, sample, [*sides, y, x, height, width])
