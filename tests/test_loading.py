@@ -218,6 +218,16 @@ def test_waiting_for_data_is_measured_and_shown(tmp_path, monkeypatch, capsys):
     ]
     assert [event["waiting"] for event in read_events(RunPaths(tmp_path))] == [0.3, 0.005, 1.0]
 
+    with Progress("teach", 1000, "images", RunPaths(tmp_path)) as progress:
+        for waited, seconds in ((20.0, 100), (0.0, 100)):
+            clock[0] += seconds
+            progress.waited(waited)
+            progress.update(progress.done + 500, {})
+    told = "note: 10 % of the time was spent waiting for data; `distill doctor --data SPEC` says how many worker "
+    told += "processes (launch.workers) would be enough"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"  {told}")
+    assert list(read_events(RunPaths(tmp_path)))[-1]["text"] == told
+
     ticks = iter([0.0, 2.0, 10.0, 11.5])
     monkeypatch.setattr(loading.time, "perf_counter", lambda: next(ticks))
     timed = loading.TimedSource(Tricky())
@@ -332,6 +342,27 @@ def test_batches_are_the_same_with_any_number_of_workers(kind, images, tmp_path,
         assert not any(map(alive, pids))
     assert torch.equal(torch.random.get_rng_state(), state)  # dropout uses it
     assert "warn" not in capfd.readouterr().err.lower()
+
+
+class Large:
+    """A source with 256 MB, all of which each batch reads."""
+
+    def __init__(self):
+        self.rows = torch.ones(64, 1024, 1024)
+
+    def batch(self, step, rows):
+        return Batch(self.rows.sum((1, 2))[rows.start : rows.stop], None, {})
+
+
+@pytest.mark.process
+def test_workers_share_the_memory_of_the_data():
+    with loading.opened(Large(), 1, ALL) as source:
+        assert source.batch(0, ALL).data.tolist() == [2**20] * 12
+        (worker,) = [
+            pid for pid in children(os.getpid()) if b"pt_data_worker" in Path(f"/proc/{pid}/comm").read_bytes()
+        ]
+        private = dict(line.split(":") for line in Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()[1:])
+    assert sum(int(private[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) < 150_000  # KiB
 
 
 @pytest.mark.process

@@ -82,7 +82,8 @@ def doctor(
     given = {"SITE": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--partition": partition}
     _refuse(given, "without --site; add --site to check the cluster")
     findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
-    findings += _reading(data, gpus, rate, store_path(store))
+    if data is not None or not any(finding.state in ("missing", "broken") for finding in findings):
+        findings += _reading(data, gpus, rate, store_path(store))
     if json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -204,8 +205,6 @@ def _threads() -> Finding:
 
 def _reading(given: str | None, gpus: int | None, rate: float | None, store: Path) -> list[Finding]:
     """Measure how fast data is read: that of a spec, or an example. Say how many workers the GPUs need for it."""
-    if given is None and any(importlib.util.find_spec(name) is None for name in ("torch", "numpy", "PIL")):
-        return []
     from distill.data import timing
 
     if given is None:

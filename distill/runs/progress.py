@@ -14,6 +14,8 @@ from distill.core.text import printable
 from distill.runs.run_store import RunPaths, append_event
 
 EVENT_SECONDS = 5.0
+# A note at the end tells that data was waited for, if the work took this long and waited for this share of the time.
+LONG_SECONDS, LONG_SHARE = 60.0, 0.1
 SHOWN_SHARE = 0.03  # the line shows how much time was spent waiting for data if it is at least this share
 
 
@@ -115,7 +117,7 @@ class Progress:
 
     def _begin(self, done: int) -> None:
         self._from = self.done = self._event_done = self._line_done = done
-        self._line_waited = self._event_waited = 0.0
+        self._waited = self._line_waited = self._event_waited = 0.0
         self._started = self._line_time = self._event_time = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -130,6 +132,13 @@ class Progress:
             self._event()
         if finished and self.done > self._line_done:
             self._line()
+        seconds = time.monotonic() - self._started
+        share = _share(self._waited, seconds)
+        if finished and seconds >= LONG_SECONDS and share >= LONG_SHARE:
+            self.note(
+                f"note: {100 * share:.0f} % of the time was spent waiting for data; `distill doctor --data SPEC` says "
+                "how many worker processes (launch.workers) would be enough"
+            )
         self._sink.close()
 
     def start(self, done: int) -> None:
@@ -138,6 +147,7 @@ class Progress:
 
     def waited(self, seconds: float) -> None:
         """Report that the work waited this long for data, before the `update` of the same step."""
+        self._waited += seconds
         self._line_waited += seconds
         self._event_waited += seconds
 

@@ -256,7 +256,7 @@ class SlurmSpec(FrozenModel):
     gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
     """GPUs per node, one for each process; 0: the processes use CPUs"""
     cpus_per_task: Processes | None = None
-    """CPUs per process; null: Slurm's default"""
+    """CPUs per process, for its threads and workers; null: Slurm's default"""
     memory: Line | None = None
     """memory per node, like 120G; null: Slurm's default"""
     options: list[ScriptLine] = []
