@@ -207,6 +207,7 @@ def test_shipped_files_stand_alone():
                 "training/micro_batch.py",
                 "testing",
                 "spec/checks.py",
+                "spec/launchspec.py",
                 "launch",
             },
             "who divides networks is chosen in training/choice.py",

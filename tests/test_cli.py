@@ -316,7 +316,7 @@ def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
     assert [folder.exists() for folder in folders] == [True, False, True]
     for words, message in (
         (["one", "--inputs"], "--inputs applies to the whole store; leave RUN and the other options out"),
-        ([], "name a run, or give --inputs; `distill list` lists the runs"),
+        ([], "name a run, or give --inputs or --caches; `distill list` lists the runs"),
     ):
         done = command(capfd, "clean", *words)
         assert (done.code, done.err) == (2, f"error: {message}\n")

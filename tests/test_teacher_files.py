@@ -774,3 +774,16 @@ def test_a_network_computes_what_is_in_no_file(tmp_path):
     loaded, _ = network_weights.network(tmp_path, config, Tabled, [tmp_path / FILE])
     assert torch.equal(loaded.table, made.table) and torch.equal(loaded.scale, made.scale)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in made.state_dict().items())
+
+
+def test_text_encoders_of_a_hub_id_are_read_if_a_cache_needs_them():
+    pipeline = ["model_index.json", "transformer/config.json", f"transformer/{FILE}", "vae/config.json", f"vae/{FILE}"]
+    encoder = ["config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "flax_model.msgpack"]
+    files = [*pipeline, *(f"text_encoder_2/{name}" for name in encoder), "tokenizer/vocab.txt", "tokenizer/notes.pdf"]
+    spec = CheckpointTeacher(path="org/x")
+    assert by_id.read_of(spec, files) == sorted(pipeline)
+    kept = ["text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer/vocab.txt"]
+    assert by_id.read_of(spec, files, encoders=True) == sorted([*pipeline, *kept])
+    half = spec.model_copy(update={"variant": "fp16"})
+    found = by_id.read_of(half, [*files, "transformer/diffusion_pytorch_model.fp16.safetensors"], encoders=True)
+    assert "text_encoder_2/model.fp16.safetensors" in found and "text_encoder_2/model.safetensors" not in found

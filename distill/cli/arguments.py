@@ -11,7 +11,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
-from distill.runs import todo
+from distill.runs import cached, todo
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, dataspec, schema, specfile
 from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
@@ -137,7 +137,8 @@ def teacher_of(student: Path) -> TeacherSpec:
     """The teacher in the spec of the student's run."""
     from distill.teachers.of_students import stage_teacher
 
-    spec, run = _spec_of(student, "--teacher")
+    given, run = _spec_of(student, "--teacher")
+    spec = cached.with_conditions(given, RunPaths(run))
     stage = spec.stages.get(student.name)
     found = stage_teacher(spec, stage, run / "students") if isinstance(stage, TrainStage) else spec.teacher
     if found is None:
@@ -150,7 +151,7 @@ def teacher_of_run(student: Path) -> TeacherSpec | None:
     run = RunPaths(student.parent.parent)
     if student.parent.name != "students" or not run.spec.is_file():
         return None
-    return todo.load_spec(run).teacher
+    return cached.with_conditions(todo.load_spec(run), run).teacher
 
 
 def data_of(student: Path) -> DataSpec:

@@ -74,7 +74,7 @@ def compare(
     if not dry_run:
         start.refuse_taken(folder, source)
     say(f"measuring {budget.BATCHES} steps of each training, in a temporary run", flush=True)
-    with work.rehearsed(replace(source, spec=budget.rehearsal(planned))) as run:
+    with work.rehearsed(replace(source, spec=budget.rehearsal(planned)), folder) as run:
         measured = budget.measured(planned, run)
     command = one_line(f"distill {shlex.join(sys.argv[1:])}")
     found, record = budget.frozen(planned, measured, minutes, command)

@@ -13,6 +13,7 @@ import typer
 
 import distill
 from distill.cli import (
+    cache,
     catalogue,
     compare,
     convert,
@@ -100,6 +101,7 @@ app.command(rich_help_panel=STUDENTS)(students.verify)
 app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)
+app.command(rich_help_panel=TOOLS)(cache.cache)
 app.command(rich_help_panel=TOOLS)(tools.export)
 app.command(rich_help_panel=TOOLS)(convert.convert)
 app.command(rich_help_panel=TOOLS)(schedule.schedule)

@@ -161,6 +161,12 @@ def clean(
             "--inputs", help="Delete files downloaded from the hub that no run uses any more; give it without RUN."
         ),
     ] = False,
+    caches: Annotated[
+        bool,
+        typer.Option(
+            "--caches", help="Delete cached latents and prompts that no run uses any more; give it without RUN."
+        ),
+    ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Delete; by default, only list what would be deleted.")
     ] = False,
@@ -169,13 +175,14 @@ def clean(
     """List what a run no longer needs and how much space that would free; with --yes, delete it."""
     from distill.runs import claims, run_store
 
-    if inputs:
-        if run is not None or checkpoints or pairs or everything:
-            raise InputError("--inputs applies to the whole store; leave RUN and the other options out")
-        _clean_inputs(store_path(store), yes)
+    if inputs or caches:
+        if run is not None or checkpoints or pairs or everything or (inputs and caches):
+            option = "--inputs" if inputs else "--caches"
+            raise InputError(f"{option} applies to the whole store; leave RUN and the other options out")
+        _clean_store(store_path(store), yes, "inputs" if inputs else "caches")
         return
     if run is None:
-        raise InputError("name a run, or give --inputs; `distill list` lists the runs")
+        raise InputError("name a run, or give --inputs or --caches; `distill list` lists the runs")
     paths = run_store.find_run(store_path(store), run)
     chosen = checkpoints or pairs or everything
     if yes and not chosen:
@@ -211,17 +218,24 @@ def clean(
     say(f"deleted {folders}, {human(sum(sizes.values()))}")
 
 
-def _clean_inputs(folder: Path, yes: bool) -> None:
-    from distill.execution import prefetch
+def _clean_store(folder: Path, yes: bool, what: str) -> None:
+    """List or delete the inputs or caches of a store that no run uses."""
+    if what == "inputs":
+        from distill.execution import prefetch
 
-    sizes = {path: size(path) for path in prefetch.unused(folder)}
+        unused = prefetch.unused(folder)
+    else:
+        from distill.runs import cached
+
+        unused = cached.unused(folder)
+    sizes = {path: size(path) for path in unused}
     for path, count in sizes.items():
         say(f"{human(count):>10}  {near(path)}")
     total = human(sum(sizes.values()))
     if not sizes:
         say(
-            f"nothing to delete in {near(folder.absolute() / 'inputs')}: every input is used by a run, or was "
-            "requested within the last day"
+            f"nothing to delete in {near(folder.absolute() / what)}: every {what[:-1]} is used by a run, or was "
+            f"{'requested' if what == 'inputs' else 'used'} within the last day"
         )
     elif not yes:
         say(f"{total} would be freed; nothing was deleted: add --yes")
@@ -284,7 +298,7 @@ def _count(stage: "distill.reports.run_status.StageStatus") -> str:
 def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
     """A summary of a spec in a few lines."""
     from distill.spec import kinds
-    from distill.spec.model import CheckpointTeacher, PairsStage, TrainStage
+    from distill.spec.model import CacheStage, CheckpointTeacher, PairsStage, TrainStage
 
     lines = [f"seed {spec.seed}, data {spec.data.kind}"]
     if spec.teacher is not None:
@@ -296,6 +310,8 @@ def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
         elif isinstance(stage, PairsStage):
             steps = "" if stage.solver == kinds.AUTO else f" {stage.steps} steps"
             lines.append(f"{name}: {stage.count:,} pairs, {stage.solver}{steps}")
+        elif isinstance(stage, CacheStage):
+            lines.append(f"{name}: images in files of {stage.shard:,}, prompts in files of {stage.prompts_shard:,}")
         else:
             lines.append(f"{name}: {stage.samples:,} samples of {', '.join(['teacher', *stage.students])}")
     return lines

@@ -24,7 +24,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # together with WORLD_SIZE
 LAUNCHERS = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
-PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Pairs stage: only shards I, I + N, ...")]
+PartOption = Annotated[
+    str | None, typer.Option("--part", metavar="I/N", help="Pairs or cache: only shards I, I + N, ...")
+]
 
 
 def stage(
@@ -50,7 +52,7 @@ def compute(
 ) -> None:
     """Compute stages of a run in this process; see `stage`.
 
-    part: (i, n): of a pairs stage, only the shards i, i + n, ...
+    part: (i, n): of a pairs or cache stage, only the shards i, i + n, ...
     """
     from distill.core import versions
     from distill.core.owners import Owner
@@ -60,7 +62,8 @@ def compute(
     from distill.spec.model import TrainStage
 
     paths, spec = _found(run, names)
-    _refuse_other_world(spec, names)
+    if part is None:
+        _refuse_other_world(spec, names)
     if any(isinstance(spec.stages[name], TrainStage) for name in names):
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
@@ -109,26 +112,25 @@ def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.mod
 
 
 def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]) -> None:
-    """Refuse to train with another number of processes than the spec's, or to compute other stages in several."""
-    from distill.spec.model import TrainStage
-
+    """Refuse to train or make a cache with another number of processes than the spec's, or other stages in several."""
     launch, size = spec.launch, _world_size()
     for name in names:
-        wanted = launch.world_size if isinstance(spec.stages[name], TrainStage) else 1
+        wanted = launch.world_size if spec.uses_all(name) else 1
         if (size or 1) == wanted:
             continue
+        how = "made" if name == spec.cache else "trained"
         if size is None:
             raise InputError(
-                f"stage '{name}' must be trained by {wanted} processes (launch.nodes={launch.nodes}, "
+                f"stage '{name}' must be {how} by {wanted} processes (launch.nodes={launch.nodes}, "
                 f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {LAUNCHERS}"
             )
-        if wanted == 1 and not isinstance(spec.stages[name], TrainStage):
+        if wanted == 1 and not spec.uses_all(name):
             raise InputError(
                 f"WORLD_SIZE={size}, but stage '{name}' is computed by one process; run `distill stage` for it "
                 "without a launcher"
             )
         raise InputError(
-            f"WORLD_SIZE={size}, but stage '{name}' must be trained by {wanted} process{'es' if wanted > 1 else ''} "
+            f"WORLD_SIZE={size}, but stage '{name}' must be {how} by {wanted} process{'es' if wanted > 1 else ''} "
             f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
             f"distill run RUN --resume launch.procs={size}"
         )

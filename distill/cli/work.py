@@ -14,6 +14,7 @@ import typer
 from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
+from distill.core.atomic import write_json
 from distill.core.errors import EXIT_INPUT, InputError, RunError
 from distill.core.printing import say, warn
 from distill.core.records import read_json
@@ -112,7 +113,7 @@ def plan(
     resolved, found = ready.resolved, ready.data
     source, steps = replace(source, spec=resolved.spec), planning.steps(resolved)
     paths = RunPaths(folder.absolute() / source.spec.name)
-    memory = _measured(source) if measure else {}
+    memory = _measured(source, folder) if measure else {}
     if json:
         measured = {"memory": memory} if measure else {}
         known = {"data": None if found is None else asdict(found)}
@@ -139,12 +140,12 @@ def plan(
         print_table(columns, rows, right=columns[2:])
 
 
-def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
+def _measured(source: "distill.spec.specfile.SpecSource", store: Path) -> dict[str, list[dict[str, Any]]]:
     """Stage -> memory use of each rank in training, measured in a temporary run of two steps."""
     from distill.plans import planning
     from distill.spec.model import TrainStage
 
-    with rehearsed(replace(source, spec=planning.miniature(source.spec))) as run:
+    with rehearsed(replace(source, spec=planning.miniature(source.spec)), store) as run:
         return {
             name: [read_json(run.stage(name).memory(rank)) for rank in range(source.spec.launch.procs)]
             for name, each in source.spec.stages.items()
@@ -153,21 +154,46 @@ def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict
 
 
 @contextmanager
-def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
+def rehearsed(source: "distill.spec.specfile.SpecSource", store: Path) -> Iterator[RunPaths]:
     """Context manager: execute a spec without its evaluations in a temporary run with measurements, and yield the run.
 
-    It is deleted at the end.
+    It is deleted at the end. store: has the caches of the spec. InputError if they are not made yet.
     """
     from distill.launch import local
     from distill.spec.model import EvaluateStage
 
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         run = start.begin(Path(folder), source)
-        names = [name for name, each in source.spec.stages.items() if not isinstance(each, EvaluateStage)]
+        if source.spec.cache is not None:
+            _use_caches(run, source, store.absolute())
+        done = [name for name in source.spec.stages if run.stage(name).done.exists()]
+        names = [
+            name
+            for name, each in source.spec.stages.items()
+            if not isinstance(each, EvaluateStage) and name not in done
+        ]
         code = local.run_stages(run, names, measure=True)
         if code:
             raise typer.Exit(code)
         yield run
+
+
+def _use_caches(run: RunPaths, source: "distill.spec.specfile.SpecSource", store: Path) -> None:
+    """Let a temporary run use the caches of a store. InputError if they are not made yet."""
+    from distill.execution.caching import Caching
+    from distill.runs import cached
+    from distill.spec import checks
+
+    made = Caching.of(checks.check(source.spec, source.base), store, store)
+    for each in made.planned:
+        if not made.is_complete(each):
+            raise InputError(
+                f"measurements need the {each.what} of the cache stage '{made.name}', which are not complete in "
+                f"{near(made.place(each))}; make them first with: distill cache {source.source}"
+            )
+    (run.root.parent / cached.FOLDER).symlink_to(store / cached.FOLDER)
+    run.stage(made.name).root.mkdir(parents=True)
+    write_json(run.stage(made.name).done, cached.as_json([made.finished(each) for each in made.planned]))
 
 
 def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:

@@ -78,7 +78,9 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     batch = launch.world_size * (launch.known_micro_batch or 1)
     batch *= math.ceil(LEAST_BATCH / batch)
     name = _stage_name(request.recipe)
-    stages: dict[str, Any] = {}
+    # The captions of the data are the prompts, if there are encoders that can embed them.
+    cached = "conditions" in teacher.to_set and bool(teacher.text_encoders) and "data" in recipe.needs
+    stages: dict[str, Any] = {"cache": {"kind": "cache"}} if cached else {}
     student = _training(request, options, batch) | {"optimizer": _optimizer(batch, 1e-5)}
     if "pairs" in recipe.needs:
         stages["pairs"] = _pairs(teacher, scale, with_states="states" in recipe.needs)
@@ -93,8 +95,8 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     stages[name] = student
     content = {
         "name": _run_name(given, name),
-        "teacher": _teacher(given, teacher),
-        **({"data": _data(teacher)} if "data" in recipe.needs else {}),
+        "teacher": _teacher(given, teacher, cached=cached),
+        **({"data": _data(teacher, captions=cached)} if "data" in recipe.needs else {}),
         "stages": stages,
         "launch": launch.model_dump(mode="json", exclude_defaults=True),
     }
@@ -215,25 +217,27 @@ def _steps(recipe: ResolvedRecipe, content: Mapping[str, Any], student: str) -> 
     return sorted(grids)[:2] if grids else [1, 2, 4]
 
 
-def _teacher(given: CheckpointTeacher, teacher: InspectedTeacher) -> dict[str, Any]:
+def _teacher(given: CheckpointTeacher, teacher: InspectedTeacher, *, cached: bool) -> dict[str, Any]:
+    """cached: its conditions are those of the cache stage."""
     found: dict[str, Any] = {"kind": "diffusers", "path": given.path}
     if teacher.takes_size:
         found["size"] = list(teacher.size)
-    if "conditions" in teacher.to_set:
+    if "conditions" in teacher.to_set and not cached:
         found["conditions"] = f"{_run_name(given, 'conditions')}.safetensors"
     if teacher.is_stored_in_half:
         found["dtype"] = "bfloat16"
     return found | given.model_dump(mode="json", exclude_defaults=True)
 
 
-def _data(teacher: InspectedTeacher) -> dict[str, Any]:
+def _data(teacher: InspectedTeacher, *, captions: bool) -> dict[str, Any]:
     channels = 3 if teacher.is_latent else teacher.shape[0]
-    return {"kind": "images", "path": DATA, "size": list(teacher.size), "channels": channels}
+    found = {"kind": "images", "path": DATA, "size": list(teacher.size), "channels": channels}
+    return found | ({"captions": True} if captions else {})
 
 
 def _to_do(teacher: InspectedTeacher, content: Mapping[str, Any], *, with_data: bool) -> list[str]:
     found = [f"teacher.{name}: {why}" for name, why in teacher.to_set.items() if name == "scheduler"]
-    if "conditions" in teacher.to_set:
+    if "conditions" in content["teacher"] and "conditions" in teacher.to_set:
         path = content["teacher"]["conditions"]
         found.append(
             f"teacher.conditions: {path} does not exist yet; make it with: distill encode {teacher.path} PROMPTS.txt "
@@ -241,7 +245,9 @@ def _to_do(teacher: InspectedTeacher, content: Mapping[str, Any], *, with_data: 
         )
     if with_data:
         labels = ""
-        if "conditions" in teacher.to_set or teacher.conditions:
+        if "conditions" in teacher.to_set and "conditions" not in content["teacher"]:
+            labels = ", with a caption for each: NAME.txt beside NAME.jpg, or a metadata.jsonl"
+        elif teacher.conditions:
             labels = ", whose classes are the rows of teacher.conditions, one for each prompt"
         elif teacher.classes is not None:
             labels = f", with its {teacher.classes:,} classes as sub-folders"
@@ -260,7 +266,7 @@ def _unet(teacher: InspectedTeacher) -> dict[str, Any]:
 def _stage_name(recipe: str) -> str:
     """The name of the stage that trains the student: that of the recipe."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(recipe).stem).strip("-_")[:30]
-    return "student" if name in ("", "teacher", "pairs", "evaluate", "anneal") else name
+    return "student" if name in ("", "teacher", "pairs", "evaluate", "anneal", "cache") else name
 
 
 def _run_name(given: CheckpointTeacher, stage: str) -> str:

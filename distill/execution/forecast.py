@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from distill.core.errors import InputError
-from distill.execution import devices
+from distill.execution import caching, devices
 from distill.execution.preflight import Origin, Ready
 from distill.flow.draws import sample_noise
 from distill.flow.times import uniform_grid
 from distill.spec import evalspec, registry
 from distill.spec.kinds import network_calls
-from distill.spec.model import EvaluateStage, PairsStage, TrainStage
+from distill.spec.model import CacheStage, EvaluateStage, PairsStage, TrainStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import by_sampler, condition
 from distill.training import memory
@@ -50,6 +50,8 @@ def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
         try:
             if isinstance(stage, TrainStage):
                 found[name] = work.train(name, stage)
+            elif isinstance(stage, CacheStage):
+                found[name] = work.cache()
             else:
                 found[name] = work.pairs(stage) if isinstance(stage, PairsStage) else work.evaluate(stage)
         except InputError:
@@ -76,6 +78,13 @@ class _Forecast:
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"] + memory.FLOAT * averages * sum(still)
         exported = memory.FLOAT * built.exported
         return StageCost(seconds, exported + stage.checkpoint.keep * checkpoint)
+
+    def cache(self) -> StageCost:
+        """The cost of making all caches. Those that the store has already are not taken into account."""
+        launch = self.ready.resolved.spec.launch
+        together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
+        seconds, count = caching.measure(self.ready.resolved, self.device)
+        return StageCost(seconds / together, count)
 
     def pairs(self, stage: PairsStage) -> StageCost:
         teacher = self._teacher(stage.teacher)

@@ -30,6 +30,7 @@ from distill.core.records import SMALL, Schema, mistake
 from distill.core.regular_files import read_regular
 from distill.core.space import human
 from distill.runs.run_store import RunPaths, runs
+from distill.spec import cacheuse
 from distill.spec.model import CheckpointTeacher, HfData, RunSpec
 
 RECORD = "inputs/inputs.json"  # in the folder of a run: the list of its inputs
@@ -100,7 +101,8 @@ def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], s
     if isinstance(teacher, CheckpointTeacher) and teacher.is_of_hub:
         from distill.teachers import by_id
 
-        yield by_id.repository(teacher, commits.get(("teacher", teacher.path, teacher.revision)))
+        commit = commits.get(("teacher", teacher.path, teacher.revision))
+        yield by_id.repository(teacher, commit, encoders=cacheuse.may_store_prompts(spec))
     if isinstance(data, HfData) and data.is_of_hub and not data.stream:
         from distill.data import tables
 

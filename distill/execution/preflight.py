@@ -16,13 +16,14 @@ from distill.core.errors import InputError
 from distill.data import DataSet, load_data, load_prompts, overview
 from distill.data.encoded import codec_of, sample_shape
 from distill.data.overview import DataOverview
-from distill.execution import sources
+from distill.execution import caching, sources
 from distill.flow.codecs import PIXELS
+from distill.flow.conditioning import ConditionTable
 from distill.flow.interpolants import linear
 from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
-from distill.spec import pairspec, registry
+from distill.spec import cacheuse, pairspec, registry
 from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
@@ -89,10 +90,15 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     if store is not None:
         file_checksums.read(store)
     data = load_data(spec.data, spec.seed, store, keep=False)  # the images are not needed after the checks
-    teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
+    texts = None if data is None else data.prompts
+    if isinstance(spec.data, PromptsData):
+        texts = load_prompts(spec.data, store)
+    prompts = len(texts) if texts is not None and cacheuse.may_store_prompts(spec) else None  # not encoded yet
+    teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU, prompts=prompts)
+    caching.check(resolved, takes_prompts=teacher is not None and isinstance(teacher.given, ConditionTable))
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
-            _check_field(teacher, spec, stage)
+            _check_field(teacher, spec, stage, prompts)
         if isinstance(stage, EvaluateStage) and data is not None:
             from distill.evaluation import measuring
 
@@ -104,10 +110,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
         sources.check_labels(spec, teacher, data)
-    if teacher is not None and isinstance(spec.data, PromptsData):
-        prompts = load_prompts(spec.data, store)
-        assert prompts is not None
-        sources.check_prompts(teacher, Path(spec.data.path).name, len(prompts))
+    if teacher is not None and isinstance(spec.data, PromptsData) and texts is not None:
+        sources.check_prompts(teacher, Path(spec.data.path).name, len(texts))
     built: dict[str, Built] = {}
     for name, recipe in resolved.recipes.items():
         stage = spec.stages[name]
@@ -128,14 +132,17 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     return Ready(resolved, teacher, built, overview.of(spec.data, data, store))
 
 
-def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | EvaluateStage) -> None:
-    """InputError if the teacher's field cannot be changed as a stage asks, e.g. if there is no unconditional call."""
+def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | EvaluateStage, prompts: int | None) -> None:
+    """InputError if the teacher's field cannot be changed as a stage asks, e.g. if there is no unconditional call.
+
+    prompts: see `load_teacher`.
+    """
     settings = stage.field_settings
     if settings.form.weak is not None:  # a student that is not trained yet
         teacher.field_with(replace(settings, guidance_scale=1.0))
         return
     weak = weak_teacher(spec, stage, Path())
-    teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU))
+    teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU, prompts=prompts))
     teacher.field_with(settings)
 
 

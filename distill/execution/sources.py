@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from distill import pairs, teachers
+from distill import caches, pairs, teachers
 from distill.core.errors import InputError, RunError
 from distill.core.printing import say_error
 from distill.core.records import read_json
@@ -20,12 +20,16 @@ from distill.flow.conditioning import ConditionTable
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
+from distill.runs import cached
+from distill.runs.cached import UsedCache
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
+from distill.spec import cacheuse
 from distill.spec.dataspec import in_one_size
 from distill.spec.kinds import AUTO, FITTED
 from distill.spec.model import (
     OF_DATA,
+    CacheStage,
     CheckpointTeacher,
     EvaluateStage,
     FileData,
@@ -40,7 +44,7 @@ from distill.spec.model import (
 from distill.spec.resolved import Resolved
 from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
-from distill.teachers import LoadedTeacher
+from distill.teachers import LoadedTeacher, conditions
 from distill.teachers.dispatching import dispatched
 from distill.teachers.of_students import stage_teacher, weak_teacher
 from distill.training.world import World
@@ -58,7 +62,9 @@ class Inputs:
     times: list[float] | None
     """times of the states of the pairs to train on, if they are the same for all"""
     places: dict[str, str]
-    """where teacher and data were read, or their kinds, for messages"""
+    """where teacher, data and prompts were read, or their kinds, for messages"""
+    prompts: UsedCache | None = None
+    """the cache with the conditions of the teacher, if the run has one"""
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
@@ -66,7 +72,9 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
 
     Teachers are not probed: students are compared at export, and the spec's teacher is checked before a run starts.
     """
-    spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
+    spec, stage, needs = cached.with_conditions(resolved.spec, run), resolved.spec.stages[name], resolved.needs(name)
+    used = cached.of_run(run, spec)
+    assert not isinstance(stage, CacheStage)
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
         given["teacher"] = stage_teacher(spec, stage, run.students)
@@ -74,15 +82,35 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
-    place = run.root if indexed else run.root.parent
-    read = spec.data if isinstance(stage, TrainStage) else in_one_size(spec.data)
-    data = load_data(read, spec.seed, place, indexed=indexed) if "data" in needs else None
+    data = _data(run, resolved, name, indexed=indexed) if "data" in needs else None
+    if (prompts := used.get("prompts")) is not None:
+        cached.refuse_other(run, prompts, conditions.read(prompts.place(run.root.parent)).digest)
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
-    places = {"data": spec.data.path if isinstance(spec.data, FileData) else spec.data.kind}
-    if (used := given.get("teacher")) is not None:
-        places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
-    teacher, weak = loaded.get("teacher"), loaded.get("weak")
-    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, loaded.get("own"), times, places)
+    places = _places(run, spec, used, given.get("teacher"))
+    teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
+    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts)
+
+
+def _places(
+    run: RunPaths, spec: RunSpec, used: Mapping[cached.What, UsedCache], teacher: TeacherSpec | None
+) -> dict[str, str]:
+    places: dict[str, str] = {what: str(cache.place(run.root.parent)) for what, cache in used.items()}
+    data = spec.data.path if isinstance(spec.data, FileData) else spec.data.kind
+    places["data"] = places.get("latents", data)
+    if teacher is not None:
+        places["teacher"] = teacher.path if isinstance(teacher, CheckpointTeacher) else teacher.kind
+    return places
+
+
+def _data(run: RunPaths, resolved: Resolved, name: str, *, indexed: bool) -> DataSet | None:
+    """The data of a stage: the latents in the run's cache, if it has some and the stage uses them."""
+    spec, used = resolved.spec, cached.of_run(run, resolved.spec).get("latents")
+    if used is None or not cacheuse.reads_latents(resolved, name):
+        read = spec.data if isinstance(spec.stages[name], TrainStage) else in_one_size(spec.data)
+        return load_data(read, spec.seed, run.root if indexed else run.root.parent, indexed=indexed)
+    found = caches.open_latents(used.place(run.root.parent), spec.seed)
+    cached.refuse_other(run, used, found.digest)
+    return found
 
 
 @contextmanager

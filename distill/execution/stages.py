@@ -15,10 +15,12 @@ from distill.core.errors import RunError
 from distill.core.stop import StopRequest
 from distill.data import update_index
 from distill.execution import devices, sources, train_stage
+from distill.execution.caching import Caching
 from distill.execution.work import Work
+from distill.runs import cached
 from distill.runs.run_store import RunPaths, append_event
 from distill.spec import evalspec, pairspec, resolved
-from distill.spec.model import CheckpointTeacher, EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.model import CacheStage, CheckpointTeacher, EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.teachers import conditions
 from distill.training import engine
 from distill.training.world import ALONE, World
@@ -39,8 +41,8 @@ def run(
     If several ranks train together, rank 0 writes all files, except for the reports of memory.
 
     measure: each rank reports the memory that training needs.
-    part: (i, n) makes only the shards i, i + n, ... of a pairs stage, which is then not marked as done, and writes no
-        events.
+    part: (i, n) makes only the shards i, i + n, ... of a pairs or cache stage, which is then not marked as done, and
+        writes no events.
     """
     device, saved = devices.place(spec.launch), "nothing (no stage had started yet)"
     found = resolved.of_run(spec, paths.root)
@@ -64,8 +66,11 @@ def run(
         stage = spec.stages[name]
         work = Work(paths, found, name, device, stop, world, measure, part)
         if part is not None:
-            assert isinstance(stage, PairsStage)
-            _pairs(work, stage)
+            if isinstance(stage, CacheStage):
+                _cache(work)
+            else:
+                assert isinstance(stage, PairsStage)
+                _pairs(work, stage)
             continue
         if world.first:
             threads, where = torch.get_num_threads(), engine.device_name(device)
@@ -74,6 +79,8 @@ def run(
             result = train_stage.train(work, stage)
         elif isinstance(stage, PairsStage):
             result = _pairs(work, stage)
+        elif isinstance(stage, CacheStage):
+            result = _cache(work)
         else:
             result = _evaluate(work, stage)
         if world.first:
@@ -88,6 +95,22 @@ def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
     assert isinstance(stage, PairsStage)
     with work.inputs(indexed=indexed) as inputs:
         yield sources.Solving.of_run(work.run, stage, inputs, work.seed, work.device)
+
+
+def _cache(work: Work) -> dict[str, object]:
+    """Make the caches of the spec, each rank a part of their shards."""
+    run, world, store = work.run, work.world, work.run.root.parent
+    (i, n), (rank, size) = work.part or (0, 1), (world.rank, world.size)
+    part = i + n * rank, n * size
+    made = Caching.of(work.resolved, store, run.root, indexed=True)
+    if world.first:
+        cached.note(run, work.name, made.planned)
+    for cache in made.planned:
+        with work.progress(made.size(cache, part), made.unit(cache)) as progress:
+            made.make(cache, work.device, progress, work.stop, part)
+        if work.part is None:
+            world.wait(f"{cache.what} of the cache", partial(work.stop.raise_if_requested, "its part of the cache"))
+    return {} if work.part else cached.as_json([made.finished(cache) for cache in made.planned])
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
@@ -114,7 +137,7 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
             device=work.device,
             progress=progress,
             stop=work.stop,
-            like=work.spec.teacher,
+            like=work.teacher,
         )
         rounds_table.say(found, work.run, progress)
     for student in stage.students:

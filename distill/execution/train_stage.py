@@ -70,7 +70,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     place = None if stage.init is None else work.run.student(stage.init)
-    origin = teacher if place is None else loaded.load_student(place, device, work.spec.teacher)
+    origin = teacher if place is None else loaded.load_student(place, device, work.teacher)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     recipe = asked.module.Recipe(asked.config, called)
@@ -100,6 +100,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     data = None if data is None else scaled_for(data, init.codec)
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
+    if inputs.prompts is not None:
+        digests["prompts"] = inputs.prompts.digest
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
     if data is not None and (digest := codec_of(data, init.codec).digest):
         digests["autoencoder"], places["autoencoder"] = digest, "of the teacher"

@@ -9,9 +9,10 @@ import torch
 from distill.core.stop import StopRequest
 from distill.execution import sources
 from distill.flow.draws import key
+from distill.runs import cached
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
-from distill.spec.model import RunSpec
+from distill.spec.model import RunSpec, TeacherSpec
 from distill.spec.resolved import Resolved
 from distill.training.world import ALONE, World
 
@@ -32,6 +33,11 @@ class Work:
     @property
     def spec(self) -> RunSpec:
         return self.resolved.spec
+
+    @property
+    def teacher(self) -> TeacherSpec | None:
+        """The teacher of the spec, with the embeddings in the run's cache, if there are any."""
+        return cached.with_conditions(self.spec, self.run).teacher
 
     @property
     def seed(self) -> int:

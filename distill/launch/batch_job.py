@@ -123,8 +123,8 @@ class BatchJob:
     def _environment(self, name: str, index: int, ends: Path) -> dict[str, str]:
         """The environment of srun and all its processes. It also sets the number of processes that srun starts."""
         launch = self.spec.launch
-        train = isinstance(self.spec.stages[name], TrainStage)
-        procs, nodes = (launch.procs, launch.nodes) if train else (1, 1)
+        nodes, procs = self.spec.processes(name) if self.part is None else (1, 1)
+        divided = isinstance(self.spec.stages[name], TrainStage) and launch.zero_stage is not None
         unit = name if self.part is None else f"{name}.{self.part[0]}"
         env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         env |= {"SLURM_NTASKS": str(nodes * procs), "SLURM_NPROCS": str(nodes * procs), "SLURM_NNODES": str(nodes)}
@@ -137,7 +137,7 @@ class BatchJob:
         if cpus is not None:
             env["SRUN_CPUS_PER_TASK"] = str(cpus)
         env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))
-        if train and (nodes * procs > 1 or launch.zero_stage is not None):
+        if nodes * procs > 1 or divided:
             port = script.port(env.get("SLURM_CLUSTER_NAME", ""), int(env["SLURM_JOB_ID"]), self.restart, index)
             env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
         return env
@@ -304,7 +304,8 @@ class BatchJob:
 def execute(run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> int:
     """Run the main process of a job, and return its exit code.
 
-    part: (i, n) of a pairs stage. command: starts the processes of a stage; the run and the stage are appended to it.
+    part: (i, n) of a pairs or cache stage. command: starts the processes of a stage; the run and the stage are appended
+    to it.
     """
     with ranks.Relay(PASSED_ON) as relay:
         return BatchJob(run, stages, part, command).execute(relay)

@@ -1,8 +1,8 @@
 """Starts processes on this machine for the stages of a run, and forwards stop signals to them.
 
-A train stage uses `launch.procs` ranks. Rank 0 prints to the terminal, the others write to the run's logs. Other stages
-use one process. The processes hold one end of a pipe. If this parent process is killed, the pipe is closed, and they
-save and exit as after a TERM signal.
+Train and cache stages use `launch.procs` ranks. Rank 0 prints to the terminal, the others write to the run's logs.
+Other stages use one process. The processes hold one end of a pipe. If this parent process is killed, the pipe is
+closed, and they save and exit as after a TERM signal.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from distill.core.errors import EXIT_FAILED, EXIT_STOPPED
 from distill.launch import environment, ranks
 from distill.runs import machine, todo
 from distill.runs.run_store import RunPaths
-from distill.spec.model import RunSpec, TrainStage
+from distill.spec.model import RunSpec
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,13 +30,13 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
     memory use, in a temporary run.
     """
     with ranks.Relay() as relay:
-        spec = todo.load_spec(run)
+        spec, ending = todo.load_spec(run), ranks.MEASURED if measure else None
         for size, names in groups(spec, stages):
             if relay.asked:
-                ranks.say_not_begun(run, measure=measure)
+                ranks.say_not_begun(run, ending=ending)
                 return EXIT_STOPPED
             command = ["distill", "stage", str(run.root), *names, *(["--measure"] if measure else [])]
-            code = _run(run, command, _environments(run, spec, size), relay, measure=measure)
+            code = _run(run, command, _environments(run, spec, size), relay, ending=ending)
             if code:
                 return code
             if not measure and not all(run.stage(name).done.exists() for name in names):
@@ -45,15 +45,16 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
     return 0
 
 
-def run_ranks(folder: Path, module: str, *arguments: str, size: int) -> int:
-    """Run `python -m module ARGUMENTS --lifeline N` in `size` ranks with one thread each; returns the exit code.
+def run_ranks(
+    folder: Path, module: str, *arguments: str, size: int, threads: int = 1, ending: str = ranks.MEASURED
+) -> int:
+    """Run `python -m module ARGUMENTS --lifeline N` in `size` ranks; returns the exit code.
 
-    folder: for their logs.
+    folder: for their logs. threads: of each rank. ending: of messages about a stop or a failure.
     """
     with ranks.Relay() as relay:
-        return _run(
-            RunPaths(folder), [module, *arguments], _of_ranks(_own(folder, threads=1), size), relay, measure=True
-        )
+        envs = _of_ranks(_own(folder, threads), size)
+        return _run(RunPaths(folder), [module, *arguments], envs, relay, ending=ending)
 
 
 def _run(
@@ -62,12 +63,12 @@ def _run(
     envs: Sequence[Mapping[str, str]],
     relay: ranks.Relay,
     *,
-    measure: bool = False,
+    ending: str | None = None,
 ) -> int:
     theirs, ours = os.pipe()  # this process keeps the write end open, and never writes to it
     try:
         python = [sys.executable, "-P", "-m", *command, "--lifeline", str(theirs)]
-        return ranks.run(run, python, theirs, envs, relay, measure=measure)
+        return ranks.run(run, python, theirs, envs, relay, ending=ending)
     finally:
         os.close(ours)
         os.close(theirs)
@@ -76,13 +77,13 @@ def _run(
 def groups(spec: RunSpec, stages: list[str]) -> list[tuple[int, list[str]]]:
     """[(number of processes, stages)]: consecutive stages that the same processes compute.
 
-    Only train stages use several processes.
+    A cache stage has processes of its own, so that the memory of its encoders is free when other stages begin.
     """
 
-    def size(name: str) -> int:
-        return spec.launch.procs if isinstance(spec.stages[name], TrainStage) else 1
+    def kind(name: str) -> tuple[int, bool]:
+        return spec.processes(name)[1], name == spec.cache
 
-    return [(count, list(names)) for count, names in itertools.groupby(stages, key=size)]
+    return [(count, list(names)) for (count, _), names in itertools.groupby(stages, key=kind)]
 
 
 def watch(lifeline: int) -> None:

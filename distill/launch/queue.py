@@ -12,32 +12,30 @@ from distill.launch.sites import SiteSource
 from distill.runs import jobs
 from distill.runs.run_store import RunPaths, append_event
 from distill.spec import checks
-from distill.spec.model import PairsStage, RunSpec, SlurmSpec, TrainStage
+from distill.spec.model import CacheStage, PairsStage, RunSpec, SlurmSpec
 
 
 def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[JobPlan]:
     """The jobs that compute these stages, with their dependencies.
 
-    parted: pairs stages whose parts are already queued or running.
+    parted: pairs and cache stages whose parts are already queued or running.
     """
     options = spec.launch.slurm
-    needs = {name: [target for _, target, _ in checks.references(spec.stages[name])] for name in stages}
+    needs = {name: checks.needed(spec, name) for name in stages}
     if options.one_job:
-        trains = any(isinstance(spec.stages[name], TrainStage) for name in stages)
+        trains = any(spec.uses_all(name) for name in stages)
         others = {target for each in needs.values() for target in each}
         return [JobPlan("all", list(stages), None, [], others, trains)] if stages else []
     found: list[JobPlan] = []
     for name in stages:
         stage = spec.stages[name]
         after = [target for target in needs[name] if target in stages]
-        if isinstance(stage, PairsStage) and options.pairs_jobs > 1 and name not in parted:
-            missing = jobs.missing_parts(stage, run.stage(name).pairs, options.pairs_jobs)
+        if isinstance(stage, PairsStage | CacheStage) and options.pairs_jobs > 1 and name not in parted:
+            missing = jobs.parts_to_make(run, spec, name)
             if missing:
                 found.append(JobPlan(f"{name}.parts", [name], missing, after, needs[name], trains=False))
                 after = [f"{name}.parts"]
-        found.append(
-            JobPlan(name, [name], None, list(dict.fromkeys(after)), needs[name], isinstance(stage, TrainStage))
-        )
+        found.append(JobPlan(name, [name], None, list(dict.fromkeys(after)), needs[name], spec.uses_all(name)))
     return found
 
 
@@ -125,7 +123,7 @@ def live_jobs(run: RunPaths) -> list[jobs.Job]:
 
 
 def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
-    """The pairs stages of which only parts are queued or running, without the job that completes the stage.
+    """The pairs and cache stages of which only parts are queued or running, without the job that completes the stage.
 
     Raises InputError if one of the parts has failed.
     """
@@ -133,9 +131,8 @@ def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
     found = {job.stages[0]: job for job in live if job.parts is not None and not whole.issuperset(job.stages)}
     states = slurm.states([member for job in found.values() for member in job.members])
     for name, job in found.items():
-        stage = spec.stages[name]
-        assert isinstance(stage, PairsStage) and job.parts is not None
-        missing = jobs.missing_parts(stage, run.stage(name).pairs, spec.launch.slurm.pairs_jobs)
+        assert job.parts is not None
+        missing = jobs.parts_to_make(run, spec, name)
         for part, member in zip(job.parts, job.members, strict=True):
             if part in missing and not (member in states and states[member].is_live):
                 raise InputError(

@@ -91,15 +91,15 @@ def run(
     envs: Sequence[Mapping[str, str]],
     relay: Relay,
     *,
-    measure: bool = False,
+    ending: str | None = None,
 ) -> int:
     """Run a command in one process for each of `envs`, wait for all, and return the exit code.
 
     The exit code is 128 + its number if a process was killed by a signal. Rank 0 prints to the terminal; the output of
     the other ranks goes to logs. Raises RunError if a process cannot be started or a log cannot be written.
 
-    lifeline: an open file descriptor that the processes inherit, see `local.watch`. measure: the run is temporary, so
-    that messages do not offer to resume it.
+    lifeline: an open file descriptor that the processes inherit, see `local.watch`. ending: of messages about a stop or
+    a failure, if the run is temporary; None: how to resume it.
     """
     logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
     relay.processes = []
@@ -117,36 +117,36 @@ def run(
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))
     code = meant[rank]
     if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
-        _say_stopped(paths, began=meant == ended, measure=measure)
+        _say_stopped(paths, began=meant == ended, ending=ending)
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
     if code == EXIT_PEER:
         say_error(f"the logs of the other ranks are in {logs[1].path.parent}")
     if code >= 0:
         if rank == 0 and code not in OURS:
-            say_left(paths, code, measure=measure)
+            say_left(paths, code, ending=ending)
         return code
     say_error(
         f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
         f"{signal.Signals(-code).name} (out of memory?); "
-        f"{MEASURED if measure else f'what it saved is intact; {_onward(paths)}'}"
+        f"{ending or f'what it saved is intact; {_onward(paths)}'}"
     )
     return 128 - code
 
 
-def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
+def say_left(paths: RunPaths, code: int, *, ending: str | None = None) -> None:
     """Report a process that ended before its work was done, with an exit code that does not say why."""
     message = (
         f"a process exited with code {code} before its stage was done (does a recipe or library call exit or os._exit?)"
     )
     append_event(paths, "failed", message=message)
-    onward = MEASURED if measure else f"what it saved is intact; {_onward(paths)}"
+    onward = ending or f"what it saved is intact; {_onward(paths)}"
     say_error(f"error: run '{paths.name}': {message}; {onward}")
 
 
-def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
+def say_not_begun(paths: RunPaths, *, ending: str | None = None) -> None:
     """Report that the processes were stopped before they could handle signals."""
-    say_error(f"stopped before it had started; {MEASURED if measure else _onward(paths)}")
+    say_error(f"stopped before it had started; {ending or _onward(paths)}")
 
 
 def _onward(paths: RunPaths) -> str:
@@ -184,13 +184,13 @@ def _patience(code: int) -> float:
     return STOPPING if code in (0, EXIT_STOPPED) else FAILING
 
 
-def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
+def _say_stopped(paths: RunPaths, *, began: bool, ending: str | None) -> None:
     """Report a stop that rank 0 could not report itself."""
     if not began:
-        say_not_begun(paths, measure=measure)
+        say_not_begun(paths, ending=ending)
         return
     append_event(paths, "stopped", message="rank 0 did not report the stop")
-    say_error(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}")
+    say_error(f"stopped; {ending or f'what was saved is intact; {_onward(paths)}'}")
 
 
 def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:

@@ -38,7 +38,7 @@ class JobPlan:
     needs: Collection[str] = ()
     """stages, of this submission or an earlier one, that must be done first"""
     trains: bool = True
-    """whether one of its stages trains; other stages use one process"""
+    """whether one of its stages trains, or makes a cache; other stages use one process"""
 
     def described(self, launch: LaunchSpec) -> list[str]:
         """Cells of a table row: name, what it computes, nodes x processes, jobs that it waits for."""

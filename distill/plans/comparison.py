@@ -19,7 +19,7 @@ from distill.core.text import suggest
 from distill.reports.comparison_table import short
 from distill.spec import checks, evalspec, registry
 from distill.spec.guidancespec import WEAK
-from distill.spec.model import WITH_STATES, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec.model import WITH_STATES, CacheStage, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.resolved import Resolved, resolve_recipe
 
 
@@ -93,7 +93,7 @@ def plan(resolved: Resolved, recipes: Sequence[str] | None) -> ComparisonPlan:
     _refuse_one_name(chains)
     needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
     targets = {target for stage in needing for _, target, _ in checks.references(stage) if target in common}
-    used = _lines(spec, targets)
+    used = _lines(spec, targets) | ({spec.cache} if spec.cache else set())
     shared = {n: s for n, s in spec.stages.items() if n in used}
     return ComparisonPlan(spec, shared, chains, name, evaluation)
 
@@ -200,6 +200,8 @@ def _new(spec: RunSpec, name: str) -> str:
 
 def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
     """A copy of a stage that refers to other stages by their new names."""
+    if isinstance(stage, CacheStage):
+        return stage
     changed: dict[str, object] = {"teacher": names.get(stage.teacher or "", stage.teacher)}
     if isinstance(stage, TrainStage):
         changed["init"] = names.get(stage.init or "", stage.init)
@@ -259,7 +261,8 @@ def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainSt
 
     if first.pairs is not None and all(fit(spec.stages[name]) for name in first.pair_shares):
         return first.pairs
-    fitting = [name for name, stage in spec.stages.items() if fit(stage) and stage.teacher == first.teacher]
+    solved = {name: stage for name, stage in spec.stages.items() if isinstance(stage, PairsStage) and fit(stage)}
+    fitting = [name for name, stage in solved.items() if stage.teacher == first.teacher]
     if fitting:
         return fitting[0]
     what, how = (

@@ -1,18 +1,21 @@
 """Describes what a run would do, stage by stage, before it is started."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from distill.runs.run_store import RunPaths
-from distill.spec import evalspec, pairspec
+from distill.spec import cacheuse, evalspec, pairspec
 from distill.spec.kinds import AUTO, FITTED
 from distill.spec.layout import Layout
 from distill.spec.model import (
     OF_DATA,
     WITH_STATES,
+    CacheStage,
+    CheckpointTeacher,
     EvaluateStage,
     LaunchSpec,
+    NetworkStage,
     PairsStage,
     RunSpec,
     SlurmSpec,
@@ -42,20 +45,26 @@ class PlannedStage:
     network_calls: int | None
     """number of samples passed through a network; None for training, where it depends on the recipe"""
     writes: list[str]
-    """files and folders that it writes, relative to the run"""
+    """files and folders that it writes, relative to the run; STORE is the store"""
 
 
 def steps(resolved: Resolved) -> list[PlannedStage]:
     """The descriptions of all stages, in order."""
-    spec = resolved.spec
-    return [
-        _train(name, stage, spec.launch, resolved.recipes[name].needs)
-        if isinstance(stage, TrainStage)
-        else _pairs(name, stage)
-        if isinstance(stage, PairsStage)
-        else _evaluate(name, stage, resolved.samplers(stage))
-        for name, stage in spec.stages.items()
-    ]
+    found = [_step(resolved, name) for name in resolved.spec.stages]
+    cache = resolved.spec.cache
+    waiting = [] if cache is None else [cache]
+    return [each if each.name == cache else replace(each, needs=_unique([*waiting, *each.needs])) for each in found]
+
+
+def _step(resolved: Resolved, name: str) -> PlannedStage:
+    stage = resolved.spec.stages[name]
+    if isinstance(stage, TrainStage):
+        return _train(name, stage, resolved.spec.launch, resolved.recipes[name].needs)
+    if isinstance(stage, PairsStage):
+        return _pairs(name, stage)
+    if isinstance(stage, CacheStage):
+        return _cache(name, stage, resolved)
+    return _evaluate(name, stage, resolved.samplers(stage))
 
 
 def as_json(spec: RunSpec, paths: RunPaths, planned: list[PlannedStage]) -> dict[str, Any]:
@@ -112,7 +121,7 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
             yield stage, "allocated by torch (GPU)", None, [rank["device"] for rank in ranks]
 
 
-def _teacher(stage: Stage) -> str:
+def _teacher(stage: NetworkStage) -> str:
     return stage.teacher or "the spec's teacher"
 
 
@@ -166,6 +175,20 @@ def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> P
     what += f"; {stage.field_settings.more_words}" if stage.field_settings.more_words else ""
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return PlannedStage(name, stage.kind, what, work, needs, calls, writes)
+
+
+def _cache(name: str, stage: CacheStage, resolved: Resolved) -> PlannedStage:
+    spec, parts = resolved.spec, {"latents": cacheuse.stores_latents(resolved)}
+    parts["prompts"] = cacheuse.may_store_prompts(spec)
+    kinds = {"latents": f"images as {stage.latents or 'latents'}", "prompts": "embeddings of prompts"}
+    if stage.latents is None and not isinstance(spec.teacher, CheckpointTeacher):
+        kinds["latents"] = "images as pixels"
+    what = " and ".join(words for part, words in kinds.items() if parts[part])
+    size = spec.launch.world_size
+    work = f"all of the data that is not in the store yet, by {size} process{'es' if size > 1 else ''}"
+    writes = [f"STORE/caches/{part}-*/" for part, stored in parts.items() if stored]
+    needs = ["data", *([] if spec.teacher is None else ["the spec's teacher"])]
+    return PlannedStage(name, stage.kind, what, work, needs, None, writes)
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -14,10 +14,10 @@ from typing import Any
 
 from distill.core import records
 from distill.core.owners import Owner
-from distill.runs import events
+from distill.runs import cached, events
 from distill.runs.run_store import RunPaths, append_line, event_line, read_events
-from distill.spec.layout import Layout, shard_path, shard_record
-from distill.spec.model import PairsStage
+from distill.spec.layout import Layout, listed, shard_path
+from distill.spec.model import PairsStage, RunSpec
 
 ASKED, LOST = "asked", "lost"  # ended by a signal of unknown reason; ended without recording anything
 SHOWN = {ASKED: "stop signal", LOST: "no exit report"}  # how these reasons are shown to users
@@ -144,8 +144,29 @@ def lead_needed(run: RunPaths) -> float:
     return 0.0 if slowest == 0 else ATTEMPT * slowest + SPARE
 
 
+def parts_to_make(run: RunPaths, spec: RunSpec, name: str) -> list[int]:
+    """The parts (jobs of an array of `launch.slurm.pairs_jobs` jobs) of a pairs or cache stage that are not made yet.
+
+    How many shards a cache has is known only once its stage has begun; before that, all parts are listed.
+    """
+    stage, parts = spec.stages[name], spec.launch.slurm.pairs_jobs
+    if isinstance(stage, PairsStage):
+        return missing_parts(stage, run.stage(name).pairs, parts)
+    caches = cached.noted(run, name)
+    if caches is None:
+        return list(range(parts))
+    places = [(each.files, each.place(run.root.parent)) for each in caches]
+    unfinished = [(files, place) for files, place in places if len(listed(place) or {}) < files]
+    return sorted({part for files, place in unfinished for part in _missing(files, place, parts)})
+
+
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
-    """The parts (jobs of an array of `parts` jobs) that still have shards to make."""
-    made = {path.name for path in folder.glob("shard-*.json")}
-    todo = (n for n in range(Layout.of(stage).files) if shard_record(shard_path(folder, n)).name not in made)
+    """The parts (jobs of an array of `parts` jobs) that still have pairs to make."""
+    return _missing(Layout.of(stage).files, folder, parts)
+
+
+def _missing(files: int, folder: Path, parts: int) -> list[int]:
+    """The parts that still have some of the shards of a set to make."""
+    made = {path.stem for path in folder.glob("shard-*.json")}
+    todo = (number for number in range(files) if shard_path(folder, number).stem not in made)
     return sorted({number % parts for number in todo})

@@ -20,6 +20,7 @@ from distill.runs import events
 
 RESERVED = {
     "baselines": "measured rows of teachers",
+    "caches": "cached latents and prompts",
     "fitted": "fitted solvers",
     "indexes": "image indexes",
     "inputs": "files fetched from the hub",
@@ -42,6 +43,11 @@ class StagePaths:
     @property
     def pairs(self) -> Path:
         return self.root / "pairs"
+
+    @property
+    def caches(self) -> Path:
+        """JSON that lists the caches of a cache stage, which are in the store (see `cached`)."""
+        return self.root / "caches.json"
 
     @property
     def times(self) -> Path:

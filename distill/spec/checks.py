@@ -9,12 +9,24 @@ from pathlib import Path
 from distill.core.errors import InputError
 from distill.core.text import expanded, suggest
 from distill.solvers import find_solver
-from distill.spec import clusterspec, dataspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
+from distill.spec import (
+    cacheuse,
+    clusterspec,
+    dataspec,
+    guidancespec,
+    imagefolder,
+    launchspec,
+    pairspec,
+    resolved,
+    specfile,
+    trainspec,
+)
 from distill.spec.guidancespec import WEAK, FieldSettings
 from distill.spec.kinds import ADAPTIVE, SAMPLERS, STUDENTS
 from distill.spec.model import (
     FINE,
     OF_DATA,
+    CacheStage,
     CheckpointTeacher,
     EvaluateStage,
     GaussianTeacher,
@@ -22,7 +34,7 @@ from distill.spec.model import (
     ImagesData,
     LatentsData,
     MixtureTeacher,
-    MlpSpec,
+    NetworkStage,
     PairsStage,
     RunSpec,
     Stage,
@@ -55,13 +67,17 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         yield "stages: empty; a run needs at least one stage"
     yield from teacher_mistakes(spec)
     yield from dataspec.mistakes(spec.data)
-    yield from _launch(spec)
+    yield from launchspec.mistakes(spec)
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
         yield "stages.teacher: the name 'teacher' is reserved for the teacher in tables; give the stage another name"
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
+        if isinstance(stage, CacheStage):
+            used |= found.uses(name)
+            yield from cacheuse.mistakes(found, name, stage)
+            continue
         yield from _references(spec, name, stage)
         yield from _kinds(found, name)
         used |= found.uses(name)
@@ -93,6 +109,8 @@ def _mistakes(found: Resolved) -> Iterator[str]:
 
 def references(stage: Stage) -> list[tuple[str, str, str]]:
     """(field, name of the other stage, required kind of that stage) of each reference of a stage."""
+    if isinstance(stage, CacheStage):
+        return []
     found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
     if isinstance(stage, TrainStage):
         found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
@@ -101,6 +119,12 @@ def references(stage: Stage) -> list[tuple[str, str, str]]:
     if isinstance(stage, EvaluateStage):
         found += [(f"students.{student}", student, "train") for student in stage.students]
     return [(field, target, kind) for field, target, kind in found if target is not None]
+
+
+def needed(spec: RunSpec, name: str) -> list[str]:
+    """The stages that must be done before a stage: those that it refers to, and the cache stage."""
+    cache = [] if spec.cache in (None, name) else [spec.cache]
+    return [*cache, *(target for _, target, _ in references(spec.stages[name]))]
 
 
 def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
@@ -169,6 +193,7 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
     A teacher must be a velocity field. A student can start only from a velocity field or a student of its own kind.
     """
     stage = found.spec.stages[name]
+    assert not isinstance(stage, CacheStage)
     teacher = found.kind(stage.teacher)
     if teacher is not None and not teacher.is_field:
         yield (
@@ -185,7 +210,7 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
         )
 
 
-def _guidance(found: Resolved, stage: Stage, settings: FieldSettings, where: str) -> Iterator[str]:
+def _guidance(found: Resolved, stage: NetworkStage, settings: FieldSettings, where: str) -> Iterator[str]:
     """The mistakes in guidance with a student of this run: as the teacher, it must know the unconditional velocity.
 
     For the spec's teacher, this is checked when it is loaded.
@@ -213,7 +238,7 @@ def _guidance(found: Resolved, stage: Stage, settings: FieldSettings, where: str
         )
 
 
-def _weak(found: Resolved, stage: Stage, settings: FieldSettings, where: str) -> Iterator[str]:
+def _weak(found: Resolved, stage: NetworkStage, settings: FieldSettings, where: str) -> Iterator[str]:
     """The mistakes in the weak model of autoguidance."""
     weak, path, kind = settings.form.weak, settings.form.weak_path, found.kind(settings.form.weak)
     if weak is not None and weak == stage.teacher:
@@ -288,33 +313,6 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
     if stage.network is not None:
         yield from trainspec.network(found, stage, stage.network, f"{where}.network")
     yield from trainspec.lengths(spec, stage, own.rows_together, where)
-
-
-def _launch(spec: RunSpec) -> Iterator[str]:
-    launch = spec.launch
-    trains = [stage for stage in spec.stages.values() if isinstance(stage, TrainStage)]
-    if launch.zero_persistence_threshold is not None and launch.zero_stage != 3 and not launch.divide_teacher:
-        yield (
-            "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
-            "zero_stage: 3"
-        )
-    if launch.offload_optimizer and not launch.zero_stage:
-        yield "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage"
-    if launch.divide_teacher and launch.world_size == 1:
-        yield "launch.divide_teacher: has no effect with one process; remove it, or increase procs"
-    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
-        yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
-    if launch.micro_batch == "auto" and launch.zero_stage is not None:
-        yield "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null"
-    elif launch.micro_batch == "auto" and launch.divide_teacher:
-        yield "launch.micro_batch: auto does not work with launch.divide_teacher; give a number"
-    given = launch.model_dump(exclude_defaults=True)
-    if "collective_minutes" in given and launch.world_size == 1:
-        yield "launch.collective_minutes: has no effect with one process; remove it"
-    training = ("nodes", "procs", "workers", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch")
-    for name in training:
-        if name in given and not trains:
-            yield f"launch.{name}: {given[name]} given, but it applies to training, and no stage trains; remove it"
 
 
 def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:

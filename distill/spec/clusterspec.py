@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from distill.spec.layout import Layout
-from distill.spec.model import LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.spec.model import CacheStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 
 TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
 
@@ -37,14 +37,15 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
             )
     yield from _processes(spec, launch)
     shards = {name: Layout.of(stage).files for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
-    if slurm.pairs_jobs > 1 and not shards:
-        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
+    if slurm.pairs_jobs > 1 and not shards and spec.cache is None:
+        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs or a cache; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:
         yield (
             f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job runs all stages in one job; remove one of "
             "them"
         )
-    if shards and slurm.pairs_jobs > max(shards.values()):  # a smaller stage gets one job per shard
+    # A smaller stage gets one job per shard. How many shards a cache has depends on the data.
+    if shards and spec.cache is None and slurm.pairs_jobs > max(shards.values()):
         most = max(shards, key=lambda name: shards[name])
         yield (
             f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs given, but stage '{most}' has only {shards[most]} "
@@ -53,9 +54,9 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
 
 
 def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
-    trains = any(isinstance(stage, TrainStage) for stage in spec.stages.values())
+    together = any(isinstance(stage, TrainStage | CacheStage) for stage in spec.stages.values())
     gpus = launch.slurm.gpus_per_node
-    if gpus and trains and gpus != launch.procs:
+    if gpus and together and gpus != launch.procs:
         yield (
             f"launch.slurm.gpus_per_node: {gpus} given, but launch.procs is {launch.procs}; each process uses one GPU, "
             "so make them equal"

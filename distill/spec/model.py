@@ -28,6 +28,7 @@ from distill.core.field_types import (
     VariantName,
 )
 from distill.spec.apportion import rows_by_share
+from distill.spec.cachespec import CacheStage
 from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     DataSpec,
     DigitsData,
@@ -239,7 +240,8 @@ class TrainStage(FrozenModel):
         return rows_by_share(self.batch_size, list(self.pair_shares.values()))
 
 
-Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
+NetworkStage = TrainStage | PairsStage | EvaluateStage  # a stage that may have a teacher
+Stage = Annotated[NetworkStage | CacheStage, Field(discriminator="kind")]
 
 
 class SlurmSpec(FrozenModel):
@@ -266,7 +268,7 @@ class SlurmSpec(FrozenModel):
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a crashed job is queued again; after a second crash at the same step, it is not"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
-    """number of array jobs that divide the shards of each pairs stage, at most one job per shard"""
+    """number of array jobs that divide the shards of each pairs or cache stage, at most one job per shard of pairs"""
     one_job: bool = False
     """run all stages in one job, one after the other, instead of one job per stage"""
     container: Line | None = None
@@ -279,9 +281,9 @@ class LaunchSpec(FrozenModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
     nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """number of nodes that train together, for `distill submit`"""
+    """number of nodes that train, or make a cache, together, for `distill submit`"""
     procs: Processes = 1
-    """number of training processes per node"""
+    """number of processes per node that train, or make a cache, together"""
     threads: Processes | None = None
     """CPU threads per process; null: the available CPUs, divided by procs"""
     micro_batch: Samples | Literal["auto"] | None = None
@@ -345,6 +347,19 @@ class RunSpec(FrozenModel):
     def has_exact_teacher(self) -> bool:
         """Whether the spec's teacher is known in closed form."""
         return isinstance(self.teacher, GaussianTeacher | MixtureTeacher)
+
+    @property
+    def cache(self) -> str | None:
+        """The name of the cache stage, whose caches all other stages wait for; None if there is none."""
+        return next((name for name, stage in self.stages.items() if isinstance(stage, CacheStage)), None)
+
+    def uses_all(self, stage: str) -> bool:
+        """Whether all processes of `launch` compute a stage together; else one does."""
+        return isinstance(self.stages[stage], TrainStage | CacheStage)
+
+    def processes(self, stage: str) -> tuple[int, int]:
+        """(nodes, processes per node) that compute a stage."""
+        return (self.launch.nodes, self.launch.procs) if self.uses_all(stage) else (1, 1)
 
     @property
     def hub_inputs(self) -> set[str]:

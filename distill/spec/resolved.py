@@ -14,8 +14,10 @@ from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
+    CacheStage,
     EvaluateStage,
     FileData,
+    NetworkStage,
     RunSpec,
     Stage,
     TrainStage,
@@ -88,17 +90,20 @@ class Resolved:
         stage = self.spec.stages[name]
         if isinstance(stage, TrainStage):
             return self.recipes[name].needs
+        if isinstance(stage, CacheStage):
+            return frozenset({"data"} if self.spec.teacher is None else {"teacher", "data"})
         of_data = isinstance(stage, EvaluateStage) or stage.paths in OF_DATA
         return frozenset({"teacher", "data"} if of_data else {"teacher"})
 
-    def has_exact_teacher(self, stage: Stage) -> bool:
+    def has_exact_teacher(self, stage: NetworkStage) -> bool:
         """Whether the teacher of a stage is the spec's, and known in closed form."""
         return stage.teacher is None and self.spec.has_exact_teacher
 
     def uses(self, name: str) -> frozenset[str]:
         """What a stage uses of the spec's own "teacher" and "data". With an unusable recipe it may use both."""
         needs = frozenset({"teacher", "data"}) if name in self.failed else self.needs(name)
-        return needs if self.spec.stages[name].teacher is None else needs - {"teacher"}
+        stage = self.spec.stages[name]
+        return needs if isinstance(stage, CacheStage) or stage.teacher is None else needs - {"teacher"}
 
     def reads_images(self, name: str) -> bool:
         """Whether a stage reads data in files, which have an index, or prompts, which its teacher takes."""

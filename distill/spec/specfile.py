@@ -12,7 +12,16 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.text import expanded, is_text, printable, short
 from distill.spec import overrides, schema
-from distill.spec.model import CheckpointTeacher, FileData, LatentsData, RunSpec, Stage, TarsData, TrainStage
+from distill.spec.model import (
+    CacheStage,
+    CheckpointTeacher,
+    FileData,
+    LatentsData,
+    RunSpec,
+    Stage,
+    TarsData,
+    TrainStage,
+)
 from distill.spec.overrides import Override
 
 MOST_SHOWN = 20  # mistakes that one message lists
@@ -173,7 +182,7 @@ def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
 
 def _located_stage(stage: Stage, folders: Sequence[Path]) -> Stage:
     """The stage with an absolute path of its weak model, if it has one."""
-    if isinstance(stage, TrainStage) or stage.guidance is None or stage.guidance.weak_path is None:
+    if isinstance(stage, TrainStage | CacheStage) or stage.guidance is None or stage.guidance.weak_path is None:
         return stage
     guidance = stage.guidance.model_copy(update={"weak_path": absolute(stage.guidance.weak_path, folders)})
     return stage.model_copy(update={"guidance": guidance})

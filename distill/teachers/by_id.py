@@ -1,5 +1,6 @@
 """Teachers by hub id: finds the commit, and downloads the files that are read to the Hugging Face cache."""
 
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from distill.teachers.layout import CONFIG, INDEX, NETWORKS, SECOND, SMALL, VAES
 from distill.teachers.read import short
 
 FILES = ["*.json", "*.safetensors", "README.md"]  # patterns of the files that are read; README.md for the licence
+ENCODERS = ("text_encoder", "tokenizer")  # how the names of the folders of text encoders and tokenizers begin
+ENCODER_FILES = (".json", ".txt", ".model", ".jinja")  # how the names of their files end that are not weights
+ENCODER_WEIGHTS = re.compile(r"model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class _Folders:
         return networks, [f"{self.above}{name}/" for name in VAES]
 
 
-def read_of(spec: CheckpointTeacher, files: Iterable[str], *, weights: bool = True) -> list[str]:
+def read_of(
+    spec: CheckpointTeacher, files: Iterable[str], *, weights: bool = True, encoders: bool = False
+) -> list[str]:
     """Selects those of a repository's files that are read: the weights in one variant, and the configs.
+
+    encoders: also those of the text encoders and tokenizers of a pipeline.
 
     Raises InputError if there is also an adapter (LoRA), or if the only weights are pickled files.
     """
@@ -67,6 +75,8 @@ def read_of(spec: CheckpointTeacher, files: Iterable[str], *, weights: bool = Tr
     if spec.lora is None:
         _refuse_adapters(spec, {folder: _inside(folder, listed) for folder in (folders.own, *networks)})
     found = listed & folders.small
+    if encoders:
+        found |= _of_encoders(listed, folders, spec.variant)
     if weights:
         for folder, names in inside.items():
             optional = folder not in networks
@@ -77,6 +87,22 @@ def read_of(spec: CheckpointTeacher, files: Iterable[str], *, weights: bool = Tr
             folder = pickled[0]
             raise variants.no_weights(inside[folder], f"teacher.path={spec.path}", Path(folder), on_hub=True)
     return sorted(found)
+
+
+def _of_encoders(listed: Collection[str], folders: _Folders, wanted: str | None) -> set[str]:
+    """The files of text encoders and tokenizers, with the weights of text encoders in one variant."""
+    pipeline = folders.own if folders.own + INDEX in listed or folders.above is None else folders.above
+    below = [name.removeprefix(pipeline).partition("/")[0] for name in listed if name.startswith(pipeline)]
+    found = set()
+    for folder in sorted({name for name in below if name.startswith(ENCODERS)}):
+        inside = _inside(f"{pipeline}{folder}/", listed)
+        variants = {name: match["variant"] for name in inside if (match := ENCODER_WEIGHTS.fullmatch(name)) is not None}
+        known = list(variants.values())
+        chosen = wanted if wanted in known else None if None in known else next(iter(known), None)
+        kept = {name for name in inside if Path(name).suffix in ENCODER_FILES}
+        kept |= {name for name, variant in variants.items() if variant == chosen}
+        found |= {f"{pipeline}{folder}/{name}" for name in kept}
+    return found
 
 
 def _inside(folder: str, listed: Collection[str]) -> list[str]:
@@ -100,8 +126,11 @@ def _refuse_adapters(spec: CheckpointTeacher, places: Mapping[str, Sequence[str]
                 )
 
 
-def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
-    """The repository that a teacher with a hub id reads. commit: None for the newest commit of its revision."""
+def repository(spec: CheckpointTeacher, commit: str | None = None, *, encoders: bool = False) -> Repository:
+    """The repository that a teacher with a hub id reads. commit: None for the newest commit of its revision.
+
+    encoders: see `read_of`.
+    """
     if commit is None:
         with _reachable(spec):
             commit = hub.commit("model", spec.path, spec.revision)
@@ -110,25 +139,29 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
     def needs(folder: Path) -> list[tuple[Path, int]]:
         with _reachable(pinned):
             listed = {file.name: file for file in hub.files("model", pinned.path, commit)}
-        files = [listed[name] for name in read_of(pinned, listed)]
+        files = [listed[name] for name in read_of(pinned, listed, encoders=encoders)]
         missing = sum(file.bytes for file in files if not file.cached)
         return [(Path(constants.HF_HUB_CACHE), missing), (folder, sum(file.bytes for file in files))]
 
     def download() -> Callable[[Path], None]:
         """Downloads into the Hugging Face cache, which can resume downloads and holds what a plan has read."""
-        found = snapshot(pinned)
+        found = snapshot(pinned, encoders=encoders)
 
         def copy(folder: Path) -> None:
             folder.mkdir(parents=True)
             there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
-            for name in read_of(pinned, there):
+            for name in read_of(pinned, there, encoders=encoders):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found / name, folder / name)
 
         return copy
 
     # What the spec selects is added only if it is set, so that earlier downloads are still found.
-    part = [*FILES, *(f"{name}={value}" for name, value in _selected(spec).items())]
+    part = [
+        *FILES,
+        *(f"{name}={value}" for name, value in _selected(spec).items()),
+        *(["encoders"] if encoders else []),
+    ]
     link = f"hub/models--{spec.path.replace('/', '--')}/snapshots/{commit}"
     return Repository("teacher", spec.path, spec.revision, commit, part, link, needs, download)
 
@@ -138,11 +171,11 @@ def _selected(spec: CheckpointTeacher) -> dict[str, str]:
     return spec.model_dump(include={"subfolder", "variant"}, exclude_none=True)
 
 
-def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
+def snapshot(spec: CheckpointTeacher, *, weights: bool = True, encoders: bool = False) -> Path:
     """Downloads the files that are not cached, and returns their folder. It may contain other files too.
 
     If the hub cannot be reached, the cached files are used; InputError is raised if there are none. weights: False:
-    download the configs only.
+    download the configs only. encoders: see `read_of`.
     """
     with _reachable(spec):
         try:
@@ -153,7 +186,7 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
             return found
         if not listed and (found := _cached(spec, weights=weights)) is not None:
             return found
-        names = read_of(spec, listed, weights=weights)
+        names = read_of(spec, listed, weights=weights, encoders=encoders)
         patterns = [escape(name) for name in names] if listed else FILES
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 

@@ -7,7 +7,7 @@ this package. `students.loaded` reads students through this module too.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import encoder_files, files, lora, schedulers, single_file, weights
-from distill.teachers.conditions import ConditionFile, encoder_of
+from distill.teachers.conditions import ConditionFile, encoder_of, planned
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention, sides_of_patch
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
@@ -62,11 +62,11 @@ class TeacherCheckpoint:
     packaging: Packaging
 
 
-def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
-    """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
+def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool, prompts: int | None = None) -> LoadedTeacher:
+    """Loads the network of a checkpoint as a velocity field in its own schedule. probe, prompts: see `load_teacher`."""
     if probe and spec.conditions is not None:
         encoder_files.refuse_other(spec, encoder_of(Path(spec.conditions)))
-    found = read(spec, device, "velocity")
+    found = read(spec, device, "velocity", prompts)
     field, convention = field_of(spec, found.network, found.schedule, found.call), found.architecture
     if probe:
         _probe(field, found, spec, device)
@@ -99,11 +99,14 @@ def _boundary(found: TeacherCheckpoint) -> float | None:
     return found.network.boundary / found.schedule.time_scale
 
 
-def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:
-    """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`."""
+def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int | None = None) -> TeacherCheckpoint:
+    """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`.
+
+    prompts: see `load_teacher`.
+    """
     if spec.is_of_hub:
-        _described(spec, kind, download=False)  # the weights of an invalid checkpoint are not downloaded
-    parts, facts, conditions, conditioning = _described(spec, kind, download=True)
+        _described(spec, kind, prompts, download=False)  # the weights of an invalid checkpoint are not downloaded
+    parts, facts, conditions, conditioning = _described(spec, kind, prompts, download=True)
     architecture, content = facts.architecture, facts.content
     dtype = DTYPES[spec.dtype]
     network, digests = _network(spec, parts, facts, dtype)
@@ -142,7 +145,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
 
 
 def _described(
-    spec: CheckpointTeacher, kind: str, *, download: bool
+    spec: CheckpointTeacher, kind: str, prompts: int | None = None, *, download: bool
 ) -> tuple[files.Parts, Facts, ConditionFile | None, Conditioning]:
     """The files of a checkpoint, what its configs say, and what its network is conditioned on."""
     parts = files.find(spec, download=download)
@@ -152,6 +155,10 @@ def _described(
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
     if isinstance(architecture, Convention):
         asked = Asked(facts.size, conditions, spec.embedded_guidance, null, parts.is_student)
+        if conditions is None and prompts is not None and (fields := architecture.fields(content)):
+            constants = architecture.constants(content, asked)
+            conditions = planned({name: each for name, each in fields.items() if name not in constants}, prompts)
+            asked = replace(asked, conditions=conditions)
         return parts, facts, conditions, architecture.conditioning(content, path, asked)
     return parts, facts, conditions, architecture.conditioning(content, path, null)
 

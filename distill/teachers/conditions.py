@@ -22,6 +22,7 @@ from distill.core import file_checksums
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
 from distill.flow.conditioning import ConditionRows
+from distill.flow.draws import sample_noise
 from distill.flow.mapped import NPY, MappedArray, MappedRows, arrays
 from distill.shards import manifest
 from distill.spec.model import CheckpointTeacher, TeacherSpec
@@ -41,6 +42,30 @@ class Wanted(Protocol):
     def shape(self) -> tuple[int | None, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+TOKENS = 77  # of a prompt whose embeddings are not known yet
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Stands for the embeddings of `count` prompts that are not encoded yet: all are `row`. Implements `ConditionRows`.
+
+    row: [...] by field.
+    """
+
+    row: Mapping[str, Tensor]
+    count: int
+
+    @property
+    def fields(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (tuple(each.shape), each.dtype) for name, each in self.row.items()}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: each.expand(len(indices), *each.shape) for name, each in self.row.items()}
 
 
 @dataclass(frozen=True)
@@ -182,6 +207,16 @@ def keep_checksums(spec: TeacherSpec | None, folder: Path) -> None:
 def files(path: Path) -> list[Path]:
     """The files with conditions at a path."""
     return sorted(path.glob(f"[!.]*{NPY}")) if path.is_dir() else [path] if path.is_file() else []
+
+
+def planned(fields: Mapping[str, Wanted], count: int) -> ConditionFile:
+    """Stands for a cache of `count` prompts that is not made yet, so that a network can be called to test it."""
+    row = {}
+    for name, wanted in fields.items():
+        shape = tuple(TOKENS if side is None else side for side in wanted.shape)
+        is_drawn = wanted.dtype.is_floating_point and not name.endswith("mask")
+        row[name] = sample_noise(0, [0], shape)[0].to(wanted.dtype) if is_drawn else torch.ones(shape).to(wanted.dtype)
+    return ConditionFile(Path("the cache"), PlannedRows(row, count), {name: row[name][None] for name in row}, "")
 
 
 def encoder_of(path: Path) -> str | None:

@@ -123,7 +123,10 @@ class Convention:
         if not (fields := self.fields(config)):
             return of_classes(None, None)
         if asked.conditions is None:
-            todo = "teacher.conditions must be set: a file with embeddings of prompts"
+            todo = (
+                "the spec must have a cache stage, if its data has captions or prompts (first in stages: cache: {kind: "
+                "cache}), or teacher.conditions must be set: a file with embeddings of prompts"
+            )
             if asked.is_student:
                 todo = (
                     "a file with embeddings of prompts must be given, as for its teacher: on the command line with "

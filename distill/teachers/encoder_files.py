@@ -5,7 +5,6 @@ No text encoder is loaded here, and the library that could load them is not impo
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,16 @@ from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import files
+from distill.teachers.by_id import ENCODER_FILES as READ
+from distill.teachers.by_id import ENCODER_WEIGHTS as WEIGHTS
+from distill.teachers.by_id import ENCODERS as LOADED
 from distill.teachers.convention import Convention
 from distill.teachers.describe import Facts, describe
 from distill.teachers.files import Parts
 from distill.teachers.layout import CONFIG
 from distill.teachers.read import lasting, parse, unreadable
 
-LOADED = ("text_encoder", "tokenizer")  # what the names of the components begin with that are loaded
-WEIGHTS = re.compile(r"model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 INDEX_OF_WEIGHTS = ".safetensors.index."
-READ = {".json", ".txt", ".model", ".jinja"}  # suffixes of the other files that tokenizers and text encoders read
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class EncoderFiles:
 
 def find(spec: CheckpointTeacher) -> EncoderFiles:
     """The text encoders of a teacher's pipeline. InputError if there are none."""
-    parts = files.find(spec, download=False)
+    parts = files.find(spec, download=False, encoders=True)
     return EncoderFiles.of(spec, parts, describe(spec, parts, "velocity"))
 
 

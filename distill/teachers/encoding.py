@@ -104,20 +104,31 @@ def joined_rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat(_of_one_shape([part[name] for part in parts])) for name in parts[0]}
 
 
+def check(spec: CheckpointTeacher) -> tuple[Facts, EncoderFiles]:
+    """The facts of a network, and its text encoders. None is loaded.
+
+
+    InputError if it has no text encoder, or one with code of its own. None is loaded.
+    """
+    parts = files.find(spec, download=False, encoders=True)
+    facts = describe(spec, parts, "velocity")
+    found = EncoderFiles.of(spec, parts, facts)
+    index = parse(found.pipeline / INDEX)
+    for name in found.names:
+        _refuse(found.pipeline, name, *index[name])
+    return facts, found
+
+
 def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> TextEncoders:
     """Loads tokenizers and text encoders of a pipeline folder by its class in diffusers.
 
     Only safetensors files are loaded, and no code from the folder is run. InputError if the pipeline has no text
     encoder, or if one cannot be loaded.
     """
-    parts = files.find(spec, download=False)
-    facts = describe(spec, parts, "velocity")
-    found = EncoderFiles.of(spec, parts, facts)
+    facts, found = check(spec)
+    parts = files.find(spec, download=False, encoders=True)
     convention, loaded = facts.architecture, found.names
-    assert isinstance(convention, Convention) and parts.pipeline is not None
-    index = parse(parts.pipeline / INDEX)
-    for name in loaded:
-        _refuse(parts.pipeline, name, *index[name])
+    assert isinstance(convention, Convention) and parts.pipeline is not None, "check refuses others"
     kept = [*loaded, *({"scheduler"} & set(parts.components))]
     pipeline_class = getattr(diffusers, parts.pipeline_class or convention.pipeline_of(facts.content))
     needed = [each.name for each in signature(pipeline_class).parameters.values() if each.default is Parameter.empty]

@@ -50,10 +50,11 @@ class Parts:
         return self.pipeline / found[0] if found and self.pipeline is not None else None
 
 
-def find(spec: CheckpointTeacher, *, download: bool = True) -> Parts:
+def find(spec: CheckpointTeacher, *, download: bool = True, encoders: bool = False) -> Parts:
     """Finds the files of the checkpoint of a spec. Raises InputError if its path or hub id is not a checkpoint.
 
-    download: for a hub id, also download the weights that are not cached, and not only the configs.
+    download: for a hub id, also download the weights that are not cached, and not only the configs. encoders: and the
+    text encoders and tokenizers.
     """
     path = Path(spec.path)
     _refuse_without_effect(spec, path)
@@ -63,7 +64,7 @@ def find(spec: CheckpointTeacher, *, download: bool = True) -> Parts:
         return _of_file(spec, path)
     if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    return _parts(spec, _inside(spec, by_id.snapshot(spec, weights=download)), spec.where)
+    return _parts(spec, _inside(spec, by_id.snapshot(spec, weights=download, encoders=encoders)), spec.where)
 
 
 def _refuse_without_effect(spec: CheckpointTeacher, path: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.spec.model import CheckpointTeacher, RunSpec, Stage, TeacherSpec, TrainStage
+from distill.spec.model import CheckpointTeacher, NetworkStage, RunSpec, TeacherSpec, TrainStage
 from distill.teachers import files
 from distill.teachers.architectures import class_name, known
 from distill.teachers.convention import Convention
@@ -11,12 +11,12 @@ from distill.teachers.layout import CONFIG
 from distill.teachers.read import parse
 
 
-def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
+def stage_teacher(spec: RunSpec, stage: NetworkStage, students: Path) -> TeacherSpec | None:
     """The teacher of a stage: the student of another stage, exported below `students`, or the spec's; None if none."""
     return spec.teacher if stage.teacher is None else student_as_teacher(students / stage.teacher, spec.teacher)
 
 
-def weak_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
+def weak_teacher(spec: RunSpec, stage: NetworkStage, students: Path) -> TeacherSpec | None:
     """The weak model of a stage with autoguidance: the student of another stage, or a checkpoint; None if none.
 
     Like a student, it has the conditions, the size and the autoencoder of the spec's teacher.

@@ -150,6 +150,22 @@ class World:
         self.meet(f"after {what}")
         return None
 
+    def wait(self, what: str, look: Callable[[], None]) -> None:
+        """Wait until all ranks have called this, however long their own work before takes. All ranks must call it.
+
+        look: called again and again while this rank waits; it may raise an exception, as for a signal.
+        """
+        if self.size == 1:
+            return
+        assert self.store is not None
+        keys = [f"{what} {rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], b"done")
+        with self.contact(f"waiting for the other ranks: {what}", watched=False):
+            while not self.store.check(keys):
+                look()
+                time.sleep(POLL)
+        self.meet(f"after {what}")
+
     @contextmanager
     def contact(self, place: str, *, watched: bool = True) -> Iterator[None]:
         """A context for code that may wait for other ranks. Raises PeerLost, with `place`, if one cannot be reached.

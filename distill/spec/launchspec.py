@@ -1,0 +1,33 @@
+"""Validation of how a spec is executed: the processes that train, or make a cache, together."""
+
+from collections.abc import Iterator
+
+from distill.spec.model import MlpSpec, RunSpec, TrainStage
+
+
+def mistakes(spec: RunSpec) -> Iterator[str]:
+    """The mistakes in the launch section of a spec, without those in launch.slurm (see `clusterspec`)."""
+    launch = spec.launch
+    trains = [stage for stage in spec.stages.values() if isinstance(stage, TrainStage)]
+    if launch.zero_persistence_threshold is not None and launch.zero_stage != 3 and not launch.divide_teacher:
+        yield (
+            "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
+            "zero_stage: 3"
+        )
+    if launch.offload_optimizer and not launch.zero_stage:
+        yield "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage"
+    if launch.divide_teacher and launch.world_size == 1:
+        yield "launch.divide_teacher: has no effect with one process; remove it, or increase procs"
+    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
+        yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
+    if launch.micro_batch == "auto" and launch.zero_stage is not None:
+        yield "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null"
+    elif launch.micro_batch == "auto" and launch.divide_teacher:
+        yield "launch.micro_batch: auto does not work with launch.divide_teacher; give a number"
+    given = launch.model_dump(exclude_defaults=True)
+    if "collective_minutes" in given and launch.world_size == 1:
+        yield "launch.collective_minutes: has no effect with one process; remove it"
+    training = ("nodes", "procs", "workers", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch")
+    for name in training:
+        if name in given and not trains and not (name in ("nodes", "procs") and spec.cache is not None):
+            yield f"launch.{name}: {given[name]} given, but it applies to training, and no stage trains; remove it"

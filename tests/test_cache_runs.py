@@ -1,0 +1,291 @@
+"""Runs with a cache stage, from a folder of captioned images to a student, without encoders in between."""
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import cached_runs
+import pytest
+import torch
+from cached_runs import CAPTIONS, LEARN, SOLVE, UNIQUE, content
+from commands import command
+from diffusers import AutoencoderKL
+from runs import folder_bytes
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from distill import caches
+from distill.core.errors import InputError
+from distill.core.stop import StopRequest
+from distill.execution import preflight, sources, stages
+from distill.execution.caching import Caching
+from distill.flow.draws import Rows
+from distill.pairs import PairSet, PairSource
+from distill.runs import cached
+from distill.runs.run_store import RunPaths, read_events
+from distill.spec import checks, resolved, specfile
+from distill.teachers import encoding
+
+CPU = torch.device("cpu")
+ENCODERS = (AutoencoderKL, CLIPTextModelWithProjection, T5EncoderModel)
+MIXED = {**LEARN, "recipe": "reflow/reflow", "pairs": {"solve": 0.5, "ahead": 0.5}}
+STAGES = {
+    "solve": SOLVE,
+    "ahead": {**SOLVE, "paths": "forward"},
+    "flow": MIXED,
+    "few": {**LEARN, "recipe": "shortcut/shortcut"},
+}
+MEASURE = {"kind": "evaluate", "students": {"few": [1]}, "samples": 16, "block": 8, "fine_steps": 1, "baselines": [],
+           "teacher_steps": []}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a teacher and images."""
+    made = tmp_path_factory.mktemp("cached")
+    cached_runs.pipeline(made / "sd3")
+    cached_runs.images(made / "images")
+    torch.set_num_threads(1)
+    return made
+
+
+def spec_of(folder: Path, given: dict[str, object] | None = None, **fields):
+    data = {"kind": "images", "path": str(folder / "images"), "size": 16, "captions": True}
+    return checks.check(specfile.validate(content(folder / "sd3", data, given or STAGES, **fields), "spec"), folder)
+
+
+def begun(store: Path, found: resolved.Resolved) -> RunPaths:
+    run = RunPaths(store / found.spec.name)
+    run.root.mkdir(parents=True)
+    run.spec.write_text(specfile.resolved(found.spec))
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """(a run of all stages, its spec, the classes of encoders that were in memory, or called, in each train stage)."""
+    found = spec_of(folder)
+    preflight.check(found)
+    run, seen = begun(folder / "runs", found), {}
+    for name in found.spec.stages:
+        gc.collect()
+        alive: set[str] = set()
+
+        def look(module, inputs, alive=alive):
+            if not alive:
+                every = [each for each in gc.get_objects() if isinstance(each, torch.nn.Module)]
+                alive |= {type(each).__name__ for each in every}
+            alive.add(type(module).__name__)
+
+        hook = register_module_forward_pre_hook(look)
+        try:
+            stages.run(run, found.spec, [name], StopRequest())
+        finally:
+            hook.remove()
+        seen[name] = alive & {each.__name__ for each in ENCODERS}
+    return run, found, seen
+
+
+def opened(made) -> caches.CachedLatents:
+    run, found, _ = made
+    return caches.open_latents(cached.of_run(run, found.spec)["latents"].place(run.root.parent), found.spec.seed)
+
+
+def test_encoders_are_in_memory_only_while_the_cache_is_made(made):
+    assert made[2] == {"cache": {each.__name__ for each in ENCODERS}, "solve": set(), "ahead": set(), "flow": set(),
+                       "few": set()}  # fmt: skip
+
+
+def test_a_run_notes_what_it_has_cached(made):
+    run, found, _ = made
+    done = json.loads(run.stage("cache").done.read_text())
+    assert [(each["what"], each["count"], each["files"]) for each in done["caches"]] == [
+        ("latents", len(CAPTIONS), 3), ("prompts", len(UNIQUE), 2)
+    ]  # fmt: skip
+    store = run.root.parent
+    used = cached.of_run(run, found.spec)
+    assert used["latents"].digest == opened(made).digest
+    assert sorted(path.name for path in (store / "caches").iterdir()) == sorted(
+        each.place(store).name for each in used.values()
+    )
+    progress = [event for event in read_events(run, ["progress"]) if event["label"] == "cache"]
+    assert {(event["total"], event["unit"]) for event in progress} == {(6, "images"), (4, "prompts")}
+    meta = next(run.stage("few").checkpoints.glob("*/meta.json"))
+    inputs = json.loads(meta.read_text())["settings"]["inputs"]
+    assert (inputs["data"], inputs["prompts"]) == (used["latents"].digest, used["prompts"].digest)
+    assert "autoencoder" not in inputs
+
+
+def test_pairs_hold_the_numbers_of_prompts_and_start_from_cached_latents(made):
+    run, found, _ = made
+    inputs = sources.load(run, found, "few", CPU)
+    for name in ("solve", "ahead"):
+        pairs = PairSet.open(run.stage(name).pairs, inputs.teacher.digest)
+        assert pairs.manifest.num_classes == len(UNIQUE)
+        batch = PairSource(pairs, 8, 0).batch(0, Rows(0, 8, 8))
+        labels = batch.cond["class_labels"].tolist()
+        if name == "solve":
+            assert sorted(labels) == sorted(i % 4 for i in range(8))
+            continue
+        assert pairs.manifest.data_digest == opened(made).digest
+        latents = [opened(made).items(epoch, range(6)) for epoch in (0, 1)]
+        every = torch.cat([each.samples for each in latents]).flatten(1)
+        near = (batch.pairs.data.flatten(1)[:, None] - every).abs().amax(2).argmin(1)
+        assert (batch.pairs.data.flatten(1) - every[near]).abs().max() == 0
+        assert labels == [UNIQUE.index(CAPTIONS[i % 6]) for i in near.tolist()]
+
+
+def test_a_stage_refuses_another_cache_than_it_was_made_with(made, tmp_path):
+    run, found, _ = made
+    shutil.copytree(run.root.parent, tmp_path / "runs")
+    copy = RunPaths(tmp_path / "runs" / run.name)
+    done = json.loads(run.stage("cache").done.read_text())
+    for i, what in enumerate(("latents", "prompts")):
+        other = json.loads(json.dumps(done))
+        other["caches"][i]["digest"] = "0" * 64
+        copy.stage("cache").done.write_text(json.dumps(other))
+        with pytest.raises(InputError) as error:
+            sources.load(copy, found, "few", CPU)
+        assert f"caches/{what}-" in str(error.value)
+        digest = done["caches"][i]["digest"]
+        assert f"has the digest {digest[:12]}, but run 'run' was started with 000000000000" in str(error.value)
+
+
+def test_a_damaged_shard_is_made_again_to_the_same_bytes(made, tmp_path):
+    run, found, _ = made
+    shutil.copytree(run.root.parent, tmp_path / "runs")
+    before, copy = folder_bytes(tmp_path / "runs" / "caches"), RunPaths(tmp_path / "runs" / run.name)
+    for shard in (tmp_path / "runs" / "caches").glob("*/shard-00001.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    copy.stage("cache").done.unlink()
+    stages.run(copy, found.spec, ["cache"], StopRequest())
+    assert folder_bytes(tmp_path / "runs" / "caches") == before
+    assert json.loads(copy.stage("cache").done.read_text()) == json.loads(run.stage("cache").done.read_text())
+    warnings = [event["text"] for event in read_events(copy, ["warning"]) if event["label"] == "cache"]
+    assert [text.rpartition("/")[2] for text in warnings] == [
+        "shard-00001.safetensors is damaged (checksum mismatch); regenerating it"
+    ] * 2  # fmt: skip
+
+
+def test_another_run_uses_the_same_caches_without_an_encoder(made, monkeypatch):
+    run, found, _ = made
+    other = begun(run.root.parent, spec_of(found.base, name="other"))
+    monkeypatch.setattr(encoding, "load", None)
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    stages.run(other, found.spec, ["cache"], StopRequest())
+    assert cached.of_run(other, found.spec) == cached.of_run(run, found.spec)
+
+
+def test_parts_of_two_processes_are_the_same_bytes(made, tmp_path):
+    run, found, _ = made
+    caching = Caching.of(found, tmp_path, tmp_path)
+    for part in ((1, 2), (0, 2)):
+        assert [caching.is_complete(each) for each in caching.planned] == [False, False]
+        caching.make_all(CPU, StopRequest(), part)
+    theirs, ours = (folder_bytes(store / "caches") for store in (run.root.parent, tmp_path))
+    assert {name: each for name, each in ours.items() if "shard-" not in name or ".safetensors" in name} == theirs
+
+
+def test_before_the_cache_exists_its_prompts_are_counted(folder, monkeypatch):
+    """The checks call no encoder, and know the number of prompts; without a cache stage, they ask for one."""
+    monkeypatch.setattr(encoding, "load", None)
+    found = spec_of(folder)
+    ready = preflight.check(found)
+    assert (ready.teacher.num_classes, ready.teacher.null_class is not None) == (len(UNIQUE), False)
+    assert sorted(ready.built) == ["few", "flow"]
+    without = {name: each for name, each in found.spec.stages.items() if name != "cache"}
+    bare = resolved.resolve(found.spec.model_copy(update={"stages": without}), folder)
+    with pytest.raises(InputError) as error:
+        preflight.check(bare)
+    assert "the spec must have a cache stage, if its data has captions or prompts" in str(error.value)
+
+
+def test_encoders_that_are_missing_are_found_before_a_run(folder, tmp_path):
+    shutil.copytree(folder / "sd3", tmp_path / "sd3")
+    shutil.rmtree(tmp_path / "sd3" / "text_encoder_2")
+    data = {"kind": "images", "path": str(folder / "images"), "size": 16, "captions": True}
+    found = checks.check(specfile.validate(content(tmp_path / "sd3", data, STAGES), "spec"), tmp_path)
+    with pytest.raises(InputError, match="has no folder text_encoder_2; copy or download the whole pipeline"):
+        preflight.check(found)
+
+
+# --- commands ---
+
+
+def write_spec(folder: Path, here: Path, given: dict[str, object] | None = None, **fields) -> None:
+    (here / "run.yaml").write_text(json.dumps(spec_of(folder, given, **fields).spec.model_dump(mode="json")))
+
+
+def test_the_command_makes_caches_by_parts_and_verifies_them(folder, made, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_spec(folder, tmp_path)
+    run, found, _ = made
+    used = {what: each.folder for what, each in cached.of_run(run, found.spec).items()}
+    refused = command(capfd, "cache", "run.yaml", "--verify")
+    assert (refused.code, refused.err) == (
+        2, f"error: runs/{used['latents']} is not complete; make it first, without --verify\n"
+    )  # fmt: skip
+    first = command(capfd, "cache", "run.yaml", "--part", "1/2")
+    assert first.code == 0, first.err
+    assert first.out.splitlines() == [
+        f"latents: 6 images in runs/{used['latents']}: not there yet",
+        f"prompts: 4 prompts in runs/{used['prompts']}: not there yet",
+        "this part is complete; run the other parts too",
+    ]
+    second = command(capfd, "cache", "run.yaml", "--part", "2/2")
+    assert f"latents: 6 images in runs/{used['latents']}: 2 of 3 shards are there, " in second.out
+    assert second.out.endswith(
+        "the caches are complete; use them with: distill run run.yaml, or distill submit run.yaml\n"
+    )
+    verified = command(capfd, "cache", "run.yaml", "--verify")
+    assert verified.out.splitlines()[-2:] == [
+        "latents: all 3 shards have their checksums", "prompts: all 2 shards have their checksums"
+    ]  # fmt: skip
+    with open(f"runs/{used['prompts']}/shard-00000.safetensors", "r+b") as file:  # noqa: PTH123
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    damaged = command(capfd, "cache", "run.yaml", "--verify")
+    assert damaged.code == 2
+    assert "shard-00000.safetensors is damaged (checksum mismatch)" in damaged.err
+
+
+def test_the_command_restores_the_caches_of_a_run(made, tmp_path, monkeypatch, capfd):
+    run, found, _ = made
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run.root.parent, tmp_path / "runs")
+    before = folder_bytes(tmp_path / "runs" / "caches")
+    shutil.rmtree(tmp_path / "runs" / "caches")
+    gone = command(capfd, "sample", "run/few", "--out", "x.png", "--count", "1", "--steps", "1")
+    assert (gone.code, gone.err.partition(";")[2]) == (
+        1, f" make them again with: distill cache {tmp_path}/runs/run\n"
+    )  # fmt: skip
+    changed = command(capfd, "cache", "run", "stages.cache.shard=4")
+    assert (changed.code, changed.err) == (
+        2, "error: 'stages.cache.shard=4' has no effect: 'run' is a run, whose spec cannot change; leave it out\n"
+    )  # fmt: skip
+    restored = command(capfd, "cache", "run")
+    assert restored.out.endswith("the caches are complete; go on with: distill run runs/run --resume\n")
+    assert folder_bytes(tmp_path / "runs" / "caches") == before
+    assert command(capfd, "sample", "run/few", "--out", "x.png", "--count", "1", "--steps", "1").code == 0
+
+
+REFUSED = {
+    "no cache stage": (
+        ["digits"],
+        "spec 'digits' has no cache stage; add one as the first of its stages, like cache: ",
+    ),
+    "a part that does not exist": (["digits", "--part", "3/2"], "--part 3/2: must be I/N with I from 1 to N, like 1/4"),
+    "a part to verify": (["digits", "--part", "1/2", "--verify"], "--part has no effect with --verify; leave it out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_command_refuses(case, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    arguments, said = REFUSED[case]
+    found = command(capfd, "cache", *arguments)
+    assert found.code == 2
+    assert said in found.err
