@@ -273,7 +273,78 @@ LATENTS = {
         "highest id + 1); number the classes 0, 1, 2 ...",
     ),
 }
-CASES = LATENTS | {
+# --- videos ---
+
+
+def frames(names: list[str], **fields: object) -> tuple[Callable[[], object], dict[str, object]]:
+    """A folder x with these images, and texts for names that end with .txt."""
+    files = {name: "text" if name.endswith(".txt") else None for name in names}
+    return lambda: written(Path("x"), files), {"kind": "videos", "path": "x", "size": [2, 4, 4], **fields}
+
+
+VIDEOS = {
+    "no folder of videos": (
+        *frames([], path="y"),
+        "data.path=y is not a folder; give a folder with one sub-folder for each video",
+    ),
+    "video file": (
+        *frames(["a/1.png"], path="clip.mp4"),
+        "data.path: clip.mp4 is a video, which is not read; write its frames to files with `ffmpeg -i VIDEO "
+        "FOLDER/%06d.png`, and give the folder of these files with data.kind=videos",
+    ),
+    "video file among folders": (
+        lambda: written(Path("x"), {"a/1.png": None, "b.mkv": b""}),
+        frames([])[1],
+        "data.path: {tmp}/x/b.mkv is a video, which is not read; write its frames to files with `ffmpeg -i VIDEO "
+        "FOLDER/%06d.png`, and give the folder of these files with data.kind=videos",
+    ),
+    "no videos": (
+        *frames(["a/note.txt"]),
+        "data.path={tmp}/x contains no videos; valid: a sub-folder for each video, with its frames as files like "
+        "000001.png",
+    ),
+    "frames of one video": (
+        *frames(["1.png", "2.png"]),
+        "data.path={tmp}/x contains images (1.png, ...), but each of its sub-folders must be a video with its frames; "
+        "give the folder above, or move the images into a folder for each video",
+    ),
+    "short videos": (
+        *frames(["a/1.png", "a/2.png", "b/1.png"], stride=2),
+        "x: 2 of 2 videos cannot be used: a: 2 frames, 3 are needed, b: 1 frames, 3 are needed; repair or remove them, "
+        "or increase data.max_unreadable (now 0)",
+    ),
+    "size of images": (
+        *frames(["a/1.png"], size=[4, 4]),
+        "spec: data.size: [4, 4] given; must be [frames, height, width], whole numbers from 1 to 16384",
+    ),
+    "captions that are not used": (
+        *frames(["a/1.png", "a.txt", "b.txt"]),
+        "data.path={tmp}/x has captions (a.txt); set data.captions=true to use them, or remove them",
+    ),
+    "no captions of videos": (
+        *frames(["a/1.png", "b.txt"], captions=True),
+        "data.captions=true, but data.path={tmp}/x has no captions; valid: NAME.txt beside the folder NAME of each "
+        "video",
+    ),
+    "video without caption": (
+        *frames(["a/1.png", "a/2.png", "b/1.png", "b/2.png", "b.txt"], captions=True),
+        "x: 1 of 2 videos cannot be used: a: no caption; repair or remove them, or increase "
+        "data.max_unreadable (now 0)",
+    ),
+    "background of videos": (
+        *frames(["a/1.png", "a/2.png"], background="white"),
+        "data.background=white has no effect: no frame of x has an alpha channel; remove it",
+    ),
+    "narrow frames": (
+        lambda: (written(Path("x"), {"a/note.txt": ""}), Image.new("L", (9000, 1)).save("x/a/1.png")),
+        {**frames([])[1], "size": [1, 9000, 9000]},
+        "x: 1 of 1 videos cannot be used: a: an extreme aspect ratio: frames would be resized to 81000000 x 9000; "
+        "repair or remove them, or increase data.max_unreadable (now 0)",
+    ),
+}
+CASES = {
+    **LATENTS,
+    **VIDEOS,
     "step of buckets": (
         nothing,
         bucketed(step=24),

@@ -102,7 +102,7 @@ def test_mistakes_are_listed_one_per_line():
         "f: 7 mistakes",
         "  name: 'a b' given; must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
         "  data: kind is 'digit'; did you mean 'digits'? "
-        "valid: digits, hf, images, latents, mnist, none, prompts, tars",
+        "valid: digits, hf, images, latents, mnist, none, prompts, tars, videos",
         "  stages.a.recipe: missing (name of a recipe, like reflow/reflow (see `distill recipes`), or your own file, "
         "like ./mine.py)",
         "  stages.a.images: missing (training length in images)",

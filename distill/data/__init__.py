@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from distill.core import printing
 from distill.core.errors import RunError
-from distill.data import arrays, captions, index, latent_index, promptfiles, tars
+from distill.data import arrays, captions, index, latent_index, promptfiles, tars, videos
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
 from distill.data.latent_index import LatentIndex
@@ -15,6 +15,7 @@ from distill.data.promptfiles import FoundPrompts
 from distill.data.prompts import Prompts
 from distill.data.rows import FileRows, ImageRows
 from distill.data.source import DataSet, DataSource
+from distill.data.videos import VideoData
 from distill.spec import imagefolder
 from distill.spec.dataspec import PromptsData
 from distill.spec.model import (
@@ -26,6 +27,7 @@ from distill.spec.model import (
     LatentsData,
     MnistData,
     TarsData,
+    VideosData,
 )
 
 __all__ = [
@@ -67,6 +69,8 @@ def load_data(
             return streaming.load(spec, seed, folder, indexed=indexed)
         case ImagesData() | TarsData() | HfData():
             return _images(spec, seed, folder, keep, indexed)
+        case VideosData():
+            return _videos(spec, seed, folder, indexed)
         case LatentsData():
             return _latents(spec, seed, folder, indexed)
     return None
@@ -92,7 +96,7 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
             from distill.data import streaming
 
             streaming.update_index(spec, store, run)
-        case ImagesData() | TarsData() | HfData():
+        case ImagesData() | TarsData() | HfData() | VideosData():
 
             def images(known: ImageIndex | None) -> ImageIndex:
                 return _indexed(spec, known)[1]
@@ -193,6 +197,15 @@ def _images(
     return _LOADED.get(key, loaded)
 
 
+def _videos(spec: VideosData, seed: int, folder: Path | None, indexed: bool) -> VideoData:
+    known = None if folder is None else index.read(_place(spec, folder))
+    if indexed and known is not None:
+        rows = _rows(spec, known)
+    else:
+        rows, known = _indexed(spec, known)
+    return VideoData(Path(spec.path).name, rows, known, spec, seed)
+
+
 def _name(spec: ImagesData | TarsData | HfData) -> str:
     if isinstance(spec, HfData):
         return Path(spec.path).stem
@@ -200,13 +213,15 @@ def _name(spec: ImagesData | TarsData | HfData) -> str:
     return Path(spec.path).name + part
 
 
-def _place(spec: ImageOptions, folder: Path) -> Path:
+def _place(spec: ImageOptions | VideosData, folder: Path) -> Path:
     """The path of the index of a data set in a store or a run. Raises InputError if the data's path is inaccessible."""
     spec.refuse_hidden_place()
     return index.path(folder, spec)
 
 
-def _indexed(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
+def _indexed(
+    spec: ImagesData | TarsData | HfData | VideosData, known: ImageIndex | None
+) -> tuple[ImageRows, ImageIndex]:
     """Lists the images of a data set and indexes those that are new or have changed."""
     place = _place(spec, Path())
     known = _INDEXES.get(place, known)
@@ -216,9 +231,11 @@ def _indexed(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> 
     return found.rows, now
 
 
-def _found(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> FoundImages:
+def _found(spec: ImagesData | TarsData | HfData | VideosData, known: ImageIndex | None) -> FoundImages:
     if isinstance(spec, TarsData):
         return tars.found(spec, known)
+    if isinstance(spec, VideosData):
+        return videos.found(spec)
     if isinstance(spec, HfData):
         from distill.data import tables  # imported here because the datasets library takes a second
 
@@ -229,7 +246,7 @@ def _found(spec: ImagesData | TarsData | HfData, known: ImageIndex | None) -> Fo
     return FoundImages(rows, folder.names, folder.stats, folder.labels, folder.num_classes, captions=texts)
 
 
-def _rows(spec: ImagesData | TarsData | HfData, known: ImageIndex) -> ImageRows:
+def _rows(spec: ImagesData | TarsData | HfData | VideosData, known: ImageIndex) -> ImageRows:
     """The rows of an indexed data set. For files, the names come from the index."""
     if isinstance(spec, TarsData):
         return tars.rows(spec, known)
@@ -237,4 +254,5 @@ def _rows(spec: ImagesData | TarsData | HfData, known: ImageIndex) -> ImageRows:
         from distill.data import tables
 
         return tables.rows(spec)
-    return FileRows(spec.folder, len(known), known.name)
+    root = Path(spec.path) if isinstance(spec, VideosData) else spec.folder
+    return FileRows(root, len(known), known.name)

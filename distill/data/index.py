@@ -33,7 +33,7 @@ from distill.data.facts import State, read_all, times
 from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.spec.imagefolder import MAX_CLASSES
-from distill.spec.model import HfData, ImageOptions, ImagesData, TarsData
+from distill.spec.model import HfData, ImageOptions, ImagesData, TarsData, VideosData
 
 MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
 TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
@@ -144,12 +144,12 @@ class FoundInTars:
     """[N]: the row of the same image in the old index; -1: the tar is new or has changed"""
 
 
-def path(folder: Path, spec: ImageOptions) -> Path:
+def path(folder: Path, spec: ImageOptions | VideosData) -> Path:
     """The path of the index of a data set in a store or a run."""
     local = spec.folder if isinstance(spec, ImagesData) else Path(spec.path)
     place = str(local.absolute()) if local.exists() else spec.path
     parts = [spec.model_dump()["kind"], place, spec.background is None]
-    if isinstance(spec, ImagesData) and spec.captions:
+    if isinstance(spec, ImagesData | VideosData) and spec.captions:
         parts.append("captions")
     if isinstance(spec, HfData):
         parts += [spec.revision, spec.split, spec.image_column, spec.label_column]

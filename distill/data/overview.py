@@ -8,6 +8,7 @@ from distill.core.text import one_line
 from distill.data import promptfiles
 from distill.data.images import ImageData
 from distill.data.source import DataSet
+from distill.data.videos import VideoData
 from distill.spec.dataspec import PromptsData
 from distill.spec.model import DataSpec
 
@@ -20,7 +21,7 @@ class DataOverview:
     """An overview of the data of a spec."""
 
     samples: int
-    """number of images or latents; 0 for kind prompts"""
+    """number of images, videos or latents; 0 for kind prompts"""
     shape: list[int]
     """of one sample; empty for kind prompts"""
     latents: bool
@@ -32,11 +33,15 @@ class DataOverview:
     skipped_names: list[str]
     """the first that are skipped, and why"""
 
+    @property
+    def _unit(self) -> str:
+        return "latents" if self.latents else "videos" if len(self.shape) == 4 else "images"
+
     def lines(self) -> list[str]:
         """Text for a terminal."""
         counts = []
         if self.samples:
-            counts.append(f"{self.samples:,} {'latents' if self.latents else 'images'} of {self.shape}")
+            counts.append(f"{self.samples:,} {self._unit} of {self.shape}")
         if self.classes is not None:
             counts.append(f"{self.classes:,} classes")
         if self.prompts is not None:
@@ -57,7 +62,7 @@ def of(spec: DataSpec, data: DataSet | None, store: Path | None) -> DataOverview
         return DataOverview(0, [], False, None, len(found.prompts), found.prompts[:SHOWN], skipped, found.head.skipped)
     if data is None:
         return None
-    names: Sequence[str] = data.unreadable if isinstance(data, ImageData) else ()
+    names: Sequence[str] = data.unreadable if isinstance(data, ImageData | VideoData) else ()
     prompts = data.prompts
     return DataOverview(
         samples=len(data),

@@ -40,6 +40,7 @@ from distill.spec.model import (
     Stage,
     TarsData,
     TrainStage,
+    VideosData,
     is_path,
 )
 from distill.spec.resolved import Resolved, ResolvedRecipe
@@ -260,6 +261,8 @@ def _has_classes(spec: RunSpec) -> bool:
         return data.label_key is not None or data.caption_key is not None
     if isinstance(data, LatentsData):
         return data.labels is not None
+    if isinstance(data, VideosData):
+        return data.captions
     return data.label_column is not None if isinstance(data, HfData) else dataspec.has_samples(data)
 
 

@@ -91,6 +91,16 @@ def _refuse_hidden(path: str) -> None:
         ) from error
 
 
+def _video_size(given: object, check: Callable[[object], object]) -> object:
+    try:
+        return check(_as_tuple(given))
+    except ValidationError as error:
+        raise _other_form("[frames, height, width], whole numbers from 1 to 16384") from error
+
+
+Background = Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)]
+
+
 class ImageOptions(FrozenModel):
     """How images become tensors in [-1, 1]."""
 
@@ -106,9 +116,7 @@ class ImageOptions(FrozenModel):
     """flip images horizontally with probability 1/2"""
     max_unreadable: int = Field(0, ge=0)
     """how many images that cannot be decoded may be skipped (with a warning); with more, the run stops"""
-    background: Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)] = (
-        None
-    )
+    background: Background = None
     """background for transparent images: white, black or [red, green, blue]; null: transparent images are an error"""
     buckets: Annotated[Buckets | None, AfterValidator(_fits)] = None
     """train on images of several aspect ratios, with 0.9 to 1 times the area of size; null: all have this size"""
@@ -254,9 +262,45 @@ class PromptsData(FrozenModel):
     """how many lines or rows without a usable prompt may be skipped (with a warning); with more, the run stops"""
 
 
-FileData = ImageOptions | LatentsData | PromptsData  # data in files, with an index of them (see data/index.py)
+class VideosData(FrozenModel):
+    """Videos as folders of images: each folder below `path` that has images is a video, and these are its frames, in
+    the order of the numbers in their names."""
+
+    kind: Literal["videos"]
+    path: str
+    """folder with one sub-folder for each video"""
+    size: Annotated[tuple[SideLength, SideLength, SideLength], WrapValidator(_video_size)]
+    """[frames, height, width]; frames are resized so that they just cover height and width, then cropped"""
+    stride: Annotated[int, Field(ge=1, le=1000)] = 1
+    """take every n-th frame"""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB; frames are converted to it"""
+    crop: Literal["center", "random"] = "center"
+    """position of the crop, the same for all frames, and of the first frame in the video; random: depends only on seed,
+    epoch and video, not on the number of processes"""
+    flip: bool = False
+    """flip all frames horizontally with probability 1/2"""
+    captions: bool = False
+    """whether the videos have captions: NAME.txt beside the folder NAME"""
+    max_unreadable: int = Field(0, ge=0)
+    """how many videos that cannot be used may be skipped (with a warning); with more, the run stops"""
+    background: Background = None
+    """background for transparent frames: white, black or [red, green, blue]; null: transparent frames are an error"""
+
+    @property
+    def span(self) -> int:
+        """How many frames of a video lie from the first to the last one of a sample, both included."""
+        return (self.size[0] - 1) * self.stride + 1
+
+    def refuse_hidden_place(self) -> None:
+        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
+        _refuse_hidden(self.path)
+
+
+# Data in files, with an index of them, see data/index.py.
+FileData = ImageOptions | LatentsData | VideosData | PromptsData
 DataSpec = Annotated[
-    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData | PromptsData,
+    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData | VideosData | PromptsData,
     Field(discriminator="kind"),
 ]
 
@@ -264,7 +308,7 @@ DataSpec = Annotated[
 def has_captions(data: DataSpec) -> bool:
     """Whether the labels of the data are numbers of prompts instead of class ids."""
     match data:
-        case ImagesData():
+        case ImagesData() | VideosData():
             return data.captions
         case TarsData():
             return data.caption_key is not None

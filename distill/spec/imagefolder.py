@@ -172,13 +172,16 @@ def count_classes(labels: Sequence[int], where: str) -> int:
     return high + 1
 
 
-def refuse_container(path: str) -> None:
-    """Raise InputError for an archive, a database, a video or the like, and say how to get a folder of images."""
+def refuse_container(path: str, kind: str = "images") -> None:
+    """Raise InputError for an archive, a database, a video or the like, and say how to get a folder of images.
+
+    kind: of the data that is to be read.
+    """
     found = next((value for end, value in CONVERT.items() if path.lower().endswith(end)), None)
     if found is not None:
         raise InputError(
             f"data.path: {printable(path)} is {found[0]}, which is not read; {found[1]}, and give the folder of these "
-            "files with data.kind=images"
+            f"files with data.kind={kind}"
         )
 
 

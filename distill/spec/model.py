@@ -40,6 +40,7 @@ from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     MnistData,
     NoData,
     TarsData,
+    VideosData,
 )
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
 

@@ -9,6 +9,7 @@ from distill.spec.model import (
     RunSpec,
     TrainStage,
     UNetSpec,
+    VideosData,
 )
 from distill.spec.resolved import Resolved
 
@@ -31,6 +32,9 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImageOptions):
         sides = list(dict.fromkeys(side for size in spec.data.sizes for side in size))
+    if isinstance(spec.data, VideosData):
+        yield f"{where}: a new network is for images or vectors, but the data has videos; start from a teacher"
+        return
     if (size := parameters(network)) > MAX_PARAMETERS:
         yield f"{where}: about {size:,} parameters, more than the maximum of {MAX_PARAMETERS:,}; make it smaller"
     if isinstance(network, MlpSpec):
