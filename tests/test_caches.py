@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_teacher_flux2 as flux2
+import test_teacher_ltx as ltx
 import torch
+from diffusers import Flux2Pipeline
 from latent import autoencoder, normal
 from PIL import Image
 from runs import folder_bytes
@@ -161,6 +164,21 @@ def test_moments_are_scaled_as_the_network_takes_them(codec, vae):
     mean, log_variance = codec.moments(pixels)
     assert torch.equal(mean, codec.encode(pixels)) and torch.equal(mean, (posterior.mean - 0.3) * 0.5)
     assert torch.allclose((0.5 * log_variance).exp(), 0.5 * posterior.std, rtol=1e-6, atol=0)
+
+
+def test_moments_of_patches_and_of_channels_with_scales_of_their_own(tmp_path):
+    flux2.pipeline(Flux2Pipeline).vae.save_pretrained(tmp_path / "flux2")
+    ltx.autoencoder().save_pretrained(tmp_path / "ltx")
+    images, video = normal(2, 3, 8, 16, seed=3).tanh(), normal(1, 3, 3, 32, 32, seed=3).tanh()
+    for folder, pixels in {"flux2": images, "ltx": video}.items():
+        found = LatentCodec.of(tmp_path / folder)
+        mean, log_variance = found.moments(pixels)
+        assert torch.equal(mean, found.encode(pixels)) and mean.shape[1:] == found.shape(tuple(pixels.shape[1:]))
+        posterior = found._vae(CPU).encode(pixels).latent_dist
+        noise = normal(*posterior.mean.shape, seed=8)
+        expected = found.scaling()(posterior.mean + posterior.std * noise)
+        ours = torch.nn.functional.pixel_unshuffle(noise, 2) if folder == "flux2" else noise
+        assert torch.allclose(latents.sampled(mean, log_variance, ours), expected, atol=1e-5)
 
 
 def test_the_digest_of_an_autoencoder_is_that_of_its_files_and_needs_no_network(vae, codec, monkeypatch):

@@ -1,4 +1,4 @@
-"""kill -9 at random moments while pairs are made: existing files are complete, the final files byte-identical."""
+"""kill -9 at random moments while pairs or caches are made: existing files are complete, the final ones identical."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "programs" / "make_pairs.py"
+PROGRAMS = Path(__file__).parent / "programs"
 
 pytestmark = pytest.mark.process
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def complete(folder):
@@ -29,9 +29,11 @@ def complete(folder):
 
 
 @pytest.fixture
-def run():
-    """run(folder, seconds) makes pairs in a process that is killed after so many seconds: its exit code."""
-    server = subprocess.Popen([sys.executable, PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def run(program):
+    """run(folder, seconds) makes sets in a process that is killed after so many seconds: its exit code."""
+    server = subprocess.Popen(
+        [sys.executable, PROGRAMS / program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
     def make(folder, seconds=None):
         print(folder, file=server.stdin, flush=True)
@@ -47,24 +49,39 @@ def run():
     assert server.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.long)])
-def test_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, run, kills):
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("program", "sets", "kills"),
+    [
+        ("make_pairs.py", ["."], 4),
+        ("make_caches.py", ["latents", "prompts"], 4),
+        pytest.param("make_pairs.py", ["."], 10, marks=LONG),
+        pytest.param("make_caches.py", ["latents", "prompts"], 10, marks=LONG),
+    ],
+)
+def test_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, run, sets, kills):
     assert run(tmp_path / "warm") == 0  # imports and caches
     began = time.monotonic()
     assert run(tmp_path / "whole") == 0
     duration = time.monotonic() - began
     whole = contents(tmp_path / "whole")
-    assert len(whole) == 33 and json.loads(whole["manifest.json"])["done"]
+    for each in sets:
+        folder = tmp_path / "whole" / each
+        assert len(list(folder.glob("shard-*"))) == 32 and json.loads((folder / "manifest.json").read_text())["done"]
 
     moments, folder, codes, inodes = random.Random(0), tmp_path / "killed", [], {}
     for _ in range(kills):
         codes.append(run(folder, moments.uniform(0, 1.6 * duration / kills)))
-        for path in folder.glob("shard-*.safetensors"):
-            assert path.read_bytes() == whole[path.name], f"{path.name} is not whole"
-        for name, inode in inodes.items():
-            assert (folder / name).stat().st_ino == inode, f"{name} was complete and was made again"
-        inodes = {name: (folder / name).stat().st_ino for name in complete(folder)}
-        assert len(list(folder.glob("shard-*.safetensors"))) - len(inodes) in (0, 1), "more than one shard is lost"
+        shards = list(folder.rglob("shard-*.safetensors"))
+        for path in shards:
+            assert path.read_bytes() == whole[str(path.relative_to(folder))], f"{path.name} is not whole"
+        for path, inode in inodes.items():
+            assert path.stat().st_ino == inode, f"{path.name} was complete and was made again"
+        finished = [folder / each / name for each in sets for name in complete(folder / each)]
+        inodes = {path: path.stat().st_ino for path in finished}
+        assert len(shards) - len(inodes) in (0, 1), "more than one shard is lost"
     assert codes.count(-signal.SIGKILL) >= kills / 2, f"too few kills came before the end: {codes}"
     assert inodes, "nothing survived the kills"
     assert run(folder) == 0

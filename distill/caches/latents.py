@@ -68,8 +68,7 @@ def _latents(stage: CacheStage, codec: Codec) -> Literal["moments", "sample", "m
         raise InputError(f"latents: pixels given, but the teacher works on latents; valid: {valid}")
     if stage.latents in ("moments", "sample") and not codec.has_spread:
         raise InputError(
-            f"latents: {stage.latents} given, but the teacher's autoencoder gives an image one latent, without "
-            f"variance; valid: {valid}"
+            f"latents: {stage.latents} given, but the teacher's autoencoder gives no variance; valid: {valid}"
         )
     return stage.latents or ("moments" if codec.has_spread else "mean")
 

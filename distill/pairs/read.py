@@ -145,7 +145,7 @@ class PairSource:
         self.pairs, self.batch_size, self.seed, self.group = pairs, batch_size, seed, group
         layout = pairs.layout
         self._order = ShardOrder([layout.indices(i) for i in range(layout.files)], seed, "pairs", group=group)
-        self._shards = LatestShards(lambda number: self.pairs.load(number), group)
+        self._shards = LatestShards(pairs.load, group)
 
     @property
     def held(self) -> Mapping[int, Shard]:

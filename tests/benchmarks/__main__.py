@@ -30,6 +30,7 @@ from distill.spec.model import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.training import engine
 from tests.benchmarks.bns import bench_bns
+from tests.benchmarks.caches import bench_caches
 from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.flowturbo import bench_flowturbo
 from tests.benchmarks.guidance import bench_guidance
@@ -162,6 +163,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "million": bench_million,
     "reading": bench_reading,
     "shards": bench_shards,
+    "caches": bench_caches,
     "recipes": bench_recipes,
     "threads": bench_threads,
     "solvers": bench_solvers,

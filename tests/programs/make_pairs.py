@@ -7,6 +7,7 @@ work and not the imports.
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def make(folder: Path) -> None:
         generate(teacher, STAGE, folder, seed=5, device=torch.device("cpu"), progress=progress, stop=stop)
 
 
-def main() -> None:
+def serve(make: Callable[[Path], None]) -> None:
     torch.set_num_threads(1)  # a fork has no threads but its own
     for line in sys.stdin:
         process = os.fork()
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(make)
