@@ -60,8 +60,8 @@ def bench_caches() -> str:
             found = _cost(Path(root) / "cache")
             shutil.rmtree(Path(root) / "cache")
         lines.append(
-            f"    {name}: opened in {found['seconds']:.2f} s (goal <= 1), {found['cpu']:.2f} s of CPU; a batch of {BATCH} "
-            f"in {1000 * found['batch']:.1f} ms; memory grows by {found['megabytes']:.0f} MB"
+            f"    {name}: opened in {found['seconds']:.2f} s (goal <= 1), {found['cpu']:.2f} s of CPU; a batch of "
+            f"{BATCH} in {1000 * found['batch']:.1f} ms; memory grows by {found['megabytes']:.0f} MB"
         )
     return "caches\n" + "\n".join(lines)
 
