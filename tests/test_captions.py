@@ -7,11 +7,15 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
 from distill import data
 from distill.data import captions, index, overview
+from distill.execution.batches import CollatedBatches
+from distill.flow.conditioning import ConditionTable, HeldRows
+from distill.flow.draws import Rows
 from distill.spec.dataspec import PromptsData
 from distill.spec.model import DigitsData, HfData, ImagesData, NoData
 
@@ -169,3 +173,14 @@ def test_what_a_plan_shows_of_the_data(tmp_path):
         "data: 1,797 images of [1, 8, 8], 10 classes"
     ]
     assert overview.of(NoData(kind="none"), None, None) is None
+
+
+def test_each_image_of_a_batch_comes_with_the_row_of_its_prompt(tmp_path):
+    loaded = data.load_data(spec(beside(tmp_path / "set")), 0)
+    table = ConditionTable(HeldRows({"embedding": torch.tensor([[0.5], [1.5], [2.5]])}))
+    source = CollatedBatches.of(data.DataSource(loaded, 4, 3), table)
+    for step in range(3):
+        found = source.batch(step, Rows(0, 4, 4))
+        levels = ((found.data[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()
+        assert sorted(levels) == [0, 1, 2, 3]
+        assert found.cond["embedding"][:, 0].tolist() == [[0.5, 1.5, 2.5, 1.5][level] for level in levels]
