@@ -14,13 +14,16 @@ from latent import load, seeded, write, write_conditions
 from latent_runs import BATCH, TRAIN, run
 from PIL import Image
 
-from distill import data
+from distill import caches, data
 from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
 from distill.data import DataSource, index, overview, videos
 from distill.data.source import Skipping
+from distill.flow.codecs import PIXELS
 from distill.flow.draws import Rows, uniforms
+from distill.runs.progress import Progress
 from distill.spec import checks, specfile
-from distill.spec.model import VideosData
+from distill.spec.model import CacheStage, VideosData
 
 HEIGHT, WIDTH = 6, 10
 
@@ -78,8 +81,8 @@ def test_the_same_random_crop_and_flip_for_all_frames(tmp_path):
     firsts, lefts, flips = set(), set(), set()
     for epoch in range(40):
         for video, count in ((0, 9), (1, 4)):
-            got, u = read(found.items(epoch, [video]).samples)[0], uniforms(4, 5, epoch, video)
-            number = int(u[3] * (count - 2))
+            got, u = read(found.items(epoch, [video]).samples)[0], uniforms(3, 5, epoch, video)
+            number = int(uniforms(1, "first frame", 5, epoch, video)[0] * (count - 2))
             assert got[0, :, 0, 0].tolist() == [40 * video + number + k for k in range(3)]
             # 6 x 10 just covers 4 x 5 as 4 x 7; columns are told apart by their order
             is_flipped = bool(got[2, 0, 0, 0] > got[2, 0, 0, -1])
@@ -227,6 +230,29 @@ def test_video_teachers_are_trained_on_what_their_autoencoder_makes_of_the_video
     latents = found.codec.encode(batch.data)
     assert latents.shape == (3, *found.shape) and latents.isfinite().all() and latents.std() > 0
     assert sorted(batch.cond["class_labels"].tolist()) == [0, 0, 1]
+
+
+def test_a_cache_has_the_same_mirrored_videos(tmp_path):
+    make(tmp_path / "set", [4, 3, 5])
+    plain, flipped = (loaded(tmp_path / "set", flip=flip) for flip in (False, True))
+    stage = CacheStage(kind="cache", latents="pixels", block=2, shard=2)
+    with Progress("cache", 3, "images", None) as progress:
+        caches.latents.generate(
+            plain, PIXELS, stage, tmp_path / "cache", seed=5, device=torch.device("cpu"), progress=progress,
+            stop=StopRequest(), mirrored=True,
+        )  # fmt: skip
+    cached = caches.open_latents(tmp_path / "cache", 5)
+    assert cached.shape == plain.shape and not cached.encoded
+    for epoch in range(5):
+        got, expected = (each.items(epoch, [2, 0, 1]).samples for each in (cached, flipped))
+        assert torch.equal(read(got), read(expected))
+    content = {
+        "name": "x", "teacher": {"path": str(tmp_path)},
+        "data": {"kind": "videos", "path": str(tmp_path / "set"), "size": [3, 8, 8], "crop": "random"},
+        "stages": {"cache": {"kind": "cache"}, "shortcut": {**TRAIN, "recipe": "shortcut/shortcut"}},
+    }  # fmt: skip
+    with pytest.raises(InputError, match="stages.cache: data.crop=random does not work with a cache"):
+        checks.check(specfile.validate(content, "spec"), tmp_path)
 
 
 def test_a_new_network_has_no_videos(tmp_path):

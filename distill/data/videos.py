@@ -139,9 +139,11 @@ class VideoData:
 
     def _sample(self, video: int, epoch: int) -> Tensor:
         options, (frames, height, width) = self._options, self._options.size
-        u = uniforms(4, self._seed, epoch, video)
+        u = uniforms(3, self._seed, epoch, video)  # for crop and flip, as for images
         spare = int(self._counts[video]) - options.span
-        first = int(self._first[video]) + (int(u[3] * (spare + 1)) if options.crop == "random" else spare // 2)
+        first = int(self._first[video]) + spare // 2
+        if options.crop == "random":
+            first = int(self._first[video]) + int(uniforms(1, "first frame", self._seed, epoch, video)[0] * (spare + 1))
         pixels = np.stack([self._decoded(first + k * options.stride) for k in range(frames)], axis=1)  # [C, F, ...]
         spare_y, spare_x = pixels.shape[2] - height, pixels.shape[3] - width
         if options.crop == "random":

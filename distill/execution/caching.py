@@ -25,7 +25,7 @@ from distill.runs.cached import UsedCache
 from distill.runs.progress import Progress
 from distill.spec import cacheuse
 from distill.spec.layout import Layout, listed
-from distill.spec.model import CacheStage, CheckpointTeacher, ImageOptions, RunSpec
+from distill.spec.model import CacheStage, CheckpointTeacher, ImageOptions, RunSpec, VideosData
 from distill.spec.resolved import Resolved
 from distill.spec.samplingspec import STORED_BYTES
 from distill.teachers import checkpoint, conditions, encoder_files, encoding, files
@@ -212,7 +212,7 @@ def _least(call: Callable[[], object]) -> float:
 
 def mirrored(spec: RunSpec) -> bool:
     """Whether mirrored images are stored too."""
-    return isinstance(spec.data, ImageOptions) and spec.data.flip
+    return isinstance(spec.data, ImageOptions | VideosData) and spec.data.flip
 
 
 def _data(spec: RunSpec, place: Path | None, *, indexed: bool) -> tuple[DataSet | None, Prompts | None]:

@@ -16,6 +16,7 @@ from distill.spec.model import (
     PairsStage,
     RunSpec,
     TrainStage,
+    VideosData,
 )
 from distill.spec.resolved import Resolved
 
@@ -125,7 +126,7 @@ def _latents(found: Resolved, stage: CacheStage, where: str) -> Iterator[str]:
             f"{where}.latents: {stage.latents} given, but no stage trains on images, and evaluations read the images "
             "themselves; remove it"
         )
-    if isinstance(data, ImageOptions) and data.crop == "random" and stores_latents(found):
+    if isinstance(data, ImageOptions | VideosData) and data.crop == "random" and stores_latents(found):
         yield (
             f"{where}: data.crop=random does not work with a cache, which stores one crop of each image; use crop: "
             "center, or remove this stage"
