@@ -40,8 +40,15 @@ def cropped(
     else:
         y, x = spare_y // 2, spare_x // 2
     sample = torch.from_numpy(pixels[:, y : y + height, x : x + width].copy())
-    sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
     if options.flip and u[2] < 0.5:
         sample = sample.flip(2)
         x = spare_x - x if options.crop == "random" else x  # in the middle, it is the same up to a pixel
-    return Cropped(row, sample, [*sides, y, x, height, width])
+    return Cropped(row, scaled(sample), [*sides, y, x, height, width])
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """Pixels (uint8, or float32 in [0, 1]) as float32 in [-1, 1]. float32 pixels are overwritten.
+
+    It computes in place, because large temporary tensors take longer than decoding an image.
+    """
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels.mul_(2).sub_(1)

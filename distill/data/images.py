@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
@@ -76,7 +76,8 @@ class ImageData:
         if len(shapes := {tuple(each.pixels.shape) for each in found}) > 1:
             raise ValueError(f"images of several buckets were asked for: {sorted(shapes)}")
         labels = None if self._labels is None else self._labels[[each.row for each in found]]
-        return Items(torch.stack([each.pixels for each in found]), labels, torch.tensor([each.sizes for each in found]))
+        images = default_collate([each.pixels for each in found])  # in shared memory, if this process is a worker
+        return Items(images, labels, torch.tensor([each.sizes for each in found]))
 
     def _item(self, i: int, epoch: int) -> Cropped:
         """Returns the i-th readable image, or the next one of its bucket if that image is damaged.

@@ -104,4 +104,5 @@ class DataSource:
             "sizes": [each.sizes for each in parts if self.sizes],
         }
         cond = {name: torch.cat(known) for name, each in found.items() if (known := [t for t in each if t is not None])}
-        return Batch(torch.cat([each.samples for each in parts]), None, cond)
+        samples = [each.samples for each in parts]
+        return Batch(samples[0] if len(samples) == 1 else torch.cat(samples), None, cond)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
@@ -58,7 +58,8 @@ class StreamData:
         """
         found = [self._item(int(i), epoch) for i in indices]
         labels = None if self._labels is None else self._labels[[each.row for each in found]]
-        return Items(torch.stack([each.pixels for each in found]), labels, torch.tensor([each.sizes for each in found]))
+        images = default_collate([each.pixels for each in found])  # in shared memory, if this process is a worker
+        return Items(images, labels, torch.tensor([each.sizes for each in found]))
 
     def skip(self, rows: Sequence[int]) -> None:
         """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""

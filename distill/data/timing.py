@@ -13,6 +13,7 @@ from PIL import Image
 
 from distill.core.errors import InputError
 from distill.data import load_data, update_index
+from distill.data.cropping import scaled
 from distill.data.decoding import decode
 from distill.data.source import DataSource
 from distill.flow.draws import Rows, sample_noise
@@ -44,7 +45,7 @@ def of_example() -> ReadingTime:
     encoded = example(SIDE)
 
     def read(step: int) -> torch.Tensor:
-        return torch.from_numpy(decode(encoded, "", (SIDE, SIDE), 3)) / 127.5 - 1
+        return scaled(torch.from_numpy(decode(encoded, "", (SIDE, SIDE), 3)))
 
     return ReadingTime(f"a {SIDE}x{SIDE} JPEG", _measured(read, 1, seconds=0.3))
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.core.regular_files import read_regular
 from distill.core.text import printable
+from distill.data.cropping import scaled
 from distill.data.decoding import COLOURS, UNREADABLE, covering, decode
 from distill.data.facts import CHUNK, REASONS, TASK, THREADS, State
 from distill.data.images import MAX_PIXELS
@@ -110,7 +111,8 @@ class VideoData:
         """
         found = [self._item(int(i), epoch) for i in indices]
         labels = None if self._labels is None else self._labels[[video for video, _ in found]]
-        return Items(torch.stack([sample for _, sample in found]), labels)
+        samples = default_collate([sample for _, sample in found])  # in shared memory, if this process is a worker
+        return Items(samples, labels)
 
     def skip(self, rows: Sequence[int]) -> None:
         """Skips these videos from now on, because a frame cannot be decoded. See `source.Skipping`."""
@@ -151,8 +153,7 @@ class VideoData:
         else:
             y, x = spare_y // 2, spare_x // 2
         sample = torch.from_numpy(pixels[:, :, y : y + height, x : x + width].copy())
-        sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
-        return sample.flip(3) if options.flip and u[2] < 0.5 else sample
+        return scaled(sample.flip(3) if options.flip and u[2] < 0.5 else sample)
 
     def _decoded(self, row: int) -> NDArray[np.generic]:
         """The pixels of a frame. Raises RunError if its file is gone or has changed since it was indexed."""

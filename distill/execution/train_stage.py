@@ -134,33 +134,38 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
+    codec = None if training.data is None else codec_of(training.data, training.init.codec)
+
+    def encoded(read: Source) -> Source:
+        return read if codec is None else batches.EncodedBatches.of(read, codec, work.device)
+
+    size = _micro_batch(work, stage, training, encoded(source))
     share = work.world.rows(stage.batch_size, stage.batch_size // work.world.size)[0]
     pinned, workers = work.device.type == "cuda", devices.workers(launch, work.device)
-    with loading.opened(source, workers, share, data=training.data, pinned=pinned) as read:
-        source = read
-        if training.data is not None:
-            source = batches.EncodedBatches.of(read, codec_of(training.data, training.init.codec), work.device)
-        size = _micro_batch(work, stage, training, source)
-        with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
-            result = engine.train(
-                training.recipe,
-                training.init,
-                source,
-                stage,
-                seed=work.seed,
-                device=work.device,
-                micro_batch=size,
-                paths=work.run.stage(work.name),
-                progress=progress,
-                stop=work.stop,
-                run=work.run if work.world.first else None,
-                inputs={**training.inputs, **digests},
-                world=work.world,
-                sharding=sharding,
-                teacher=None if training.teacher is None else training.teacher.network,
-                recompute=launch.activation_checkpointing,
-                probe=None if probe is None else partial(_measure, probe, progress, stage),
-            )
+    with (
+        loading.opened(source, workers, share, data=training.data, pinned=pinned) as read,
+        work.progress(stage.images, "images") as progress,
+        probe.activations if probe else nullcontext(),
+    ):
+        result = engine.train(
+            training.recipe,
+            training.init,
+            encoded(read),
+            stage,
+            seed=work.seed,
+            device=work.device,
+            micro_batch=size,
+            paths=work.run.stage(work.name),
+            progress=progress,
+            stop=work.stop,
+            run=work.run if work.world.first else None,
+            inputs={**training.inputs, **digests},
+            world=work.world,
+            sharding=sharding,
+            teacher=None if training.teacher is None else training.teacher.network,
+            recompute=launch.activation_checkpointing,
+            probe=None if probe is None else partial(_measure, probe, progress, stage),
+        )
     if probe:
         rows = 0 if training.calls is None else training.calls.rows
         report = {**probe.report(work.world.rank), "teacher_rows": rows}
