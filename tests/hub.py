@@ -77,6 +77,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []  # METHOD path
         self.sent = 0  # bytes of files
+        self.cuts = 0  # of this many answers, only half of the file is sent
         self.held = ""  # half of the files of this name is sent, and the rest when the hub closes
         self.busy = False  # it tells nobody what a repository holds (429)
         self.closing = threading.Event()
@@ -135,6 +136,11 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
         if self.command == "GET":
+            if self.server.cuts and "/resolve/" in url.path:
+                self.server.cuts -= 1
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+                return
             half = len(body) // 2 if self.server.held and url.path.endswith(self.server.held) else len(body)
             self.wfile.write(body[:half])
             if half < len(body):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,6 +22,7 @@ from distill.core.errors import InputError, RunError
 from distill.data import streamindex, streaming, streamrows, streams
 from distill.data.order import Ranges
 from distill.data.source import DataSource
+from distill.data.streamdata import StreamData
 from distill.execution import prefetch
 from distill.flow.draws import Rows
 from distill.spec import specfile
@@ -180,6 +183,42 @@ def test_a_source_that_ends_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert str(caught.value).endswith("; once the source can be reached, resume the run")
     assert capsys.readouterr().err.count(f"{where} could not be read (") == 2
     assert torch.equal(loaded.items(0, [0]).samples, first)  # still in memory
+
+
+def test_a_connection_that_breaks_is_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streams, "PAUSES", (0, 0.01))
+    root = write(tmp_path / "x", files=1)
+    with Hub({"datasets/org/x": {"main": root}}) as hub:
+        loaded = data.load_data(hf(url(hub)), 0)
+        hub.cuts = 2
+        found = loaded.items(0, [9]).samples
+        assert hub.cuts == 0 and capsys.readouterr().err.count("could not be read (") == 2
+        hub.cuts = 3
+        with pytest.raises(
+            RunError, match=r"rows 0 to 3 .* cannot be read any more: .*; once the source can be reached, "
+        ):
+            loaded.items(0, [0])
+    assert torch.equal(found, data.load_data(hf(root), 0).items(0, [9]).samples)
+
+
+def _child(loaded: StreamData, queue: Any) -> None:
+    queue.put(loaded.items(0, [9, 1]).samples.numpy())
+
+
+@pytest.mark.process
+def test_a_process_that_was_forked_reads_over_its_own_connection(tmp_path):
+    root = write(tmp_path / "x", files=1)
+    with Hub({"datasets/org/x": {"main": root}}) as hub:
+        loaded = data.load_data(hf(url(hub)), 0)
+        ours = loaded.items(0, [9, 1]).samples
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_child, args=(loaded, queue))
+        child.start()
+        theirs = queue.get(timeout=60)
+        child.join()
+        assert np.array_equal(theirs, ours.numpy())
+        assert torch.equal(loaded.items(0, [5]).samples, data.load_data(hf(root), 0).items(0, [5]).samples)
 
 
 def test_a_file_that_has_changed_is_refused(tmp_path):

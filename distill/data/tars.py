@@ -57,6 +57,11 @@ def found(spec: TarsData, old: ImageIndex | None) -> FoundImages:
     Raises InputError if there are no tars, or one is missing, is not a regular file or is compressed.
     """
     names = _listed(spec)
+    if old is not None and _is_unchanged(spec, names, old):
+        labels = None if old.head.num_classes is None else old.labels.data
+        known = FoundInTars(old.state, old.file, np.arange(len(old)))
+        files, classes = FileNames(old.names, old.ends), old.head.num_classes
+        return FoundImages(rows(spec, old), files, [], labels, classes, captions=old.captions, in_tars=known)
     contents: list[TarContent] = []
     before: list[int] = []  # for each tar, its first row in the old index; -1: it is new or has changed
 
@@ -70,8 +75,8 @@ def found(spec: TarsData, old: ImageIndex | None) -> FoundImages:
     texts = Captions.of(captions())
     sizes = [len(each.state) for each in contents]
     stops = np.cumsum(sizes, dtype=np.int64)
-    known = np.arange(stops[-1]) - np.repeat(stops - sizes, sizes) + np.repeat(before, sizes)
-    known[np.repeat(before, sizes) < 0] = -1
+    same = np.arange(stops[-1]) - np.repeat(stops - sizes, sizes) + np.repeat(before, sizes)
+    same[np.repeat(before, sizes) < 0] = -1
     files = FileNames(
         np.concatenate([each.names.content for each in contents]),
         np.concatenate([np.diff(each.names.ends, prepend=0) for each in contents]).cumsum(),
@@ -81,7 +86,7 @@ def found(spec: TarsData, old: ImageIndex | None) -> FoundImages:
     in_tars = FoundInTars(
         np.concatenate([each.state for each in contents]),
         np.repeat(np.array([each.file for each in contents], np.int64), sizes, axis=0),
-        known,
+        same,
     )
     count = None if labels is None else count_classes(labels, f"data.label_key={spec.label_key}")
     tars = FileNames.of(map(os.fsencode, names))
@@ -94,6 +99,22 @@ def found(spec: TarsData, old: ImageIndex | None) -> FoundImages:
         captions=None if spec.caption_key is None else texts,
         in_tars=in_tars,
     )
+
+
+def _is_unchanged(spec: TarsData, names: Sequence[str], old: ImageIndex) -> bool:
+    """Whether an index is of these tars as they are now."""
+    known = rows(spec, old)
+    if list(known.tars) != names:
+        return False
+
+    def is_same(start: int, name: str) -> bool:
+        try:
+            return is_settled(old, start, times((Path(spec.folder) / name).stat()))
+        except OSError:
+            return False
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return all(pool.map(is_same, [0, *known.stops[:-1].tolist()], names))
 
 
 def _contents(spec: TarsData, names: Sequence[str], old: ImageIndex | None) -> Iterator[tuple[int, TarContent]]:

@@ -38,6 +38,7 @@ from distill.spec.model import (
     PairsStage,
     RunSpec,
     Stage,
+    TarsData,
     TeacherSpec,
     TrainStage,
 )
@@ -209,7 +210,7 @@ def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
             "remove the setting that reads them from data, or give a teacher that takes prompts"
         )
     elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
-    given = {HfData: "label_column", LatentsData: "labels"}.get(type(spec.data))
+    given = {HfData: "label_column", TarsData: "label_key", LatentsData: "labels"}.get(type(spec.data))
     if given is not None and _left_out(teacher, data) and not elsewhere:
         raise InputError(
             f"data.{given}={getattr(spec.data, given)} has no effect: the teacher ({teacher.description}) is "

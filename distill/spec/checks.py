@@ -258,7 +258,7 @@ def _has_classes(spec: RunSpec) -> bool:
     if isinstance(data, ImagesData):
         return not data.captions and (not data.folder.is_dir() or imagefolder.has_classes(data.folder))
     if isinstance(data, TarsData):
-        return data.label_key is not None or data.caption_key is not None
+        return data.label_key is not None
     if isinstance(data, LatentsData):
         return data.labels is not None
     if isinstance(data, VideosData):
