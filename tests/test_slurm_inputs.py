@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from hub import Hub, environment, pipeline
+from hub import Hub, environment, pictures, pipeline
 from runs import folder_bytes
 from slurm_runs import NEEDS_SLURM, finish, last_job, said
 
@@ -62,3 +62,36 @@ def test_the_job_reads_the_commit_of_its_submission_without_the_hub(tmp_path):
     )
     assert ours == theirs and len(ours) == 2
     assert json.loads((run.root / "inputs" / "inputs.json").read_text())[0]["commit"] == commit
+
+
+STREAM = """
+name: stream
+data: {kind: hf, path: org/x, size: 8, label_column: label, stream: true}
+stages:
+  teach: {kind: train, recipe: pretrain/flow_matching, network: {kind: unet, channels: [8]}, images: 16, batch_size: 4}
+launch: {threads: 1}
+"""
+
+
+@pytest.mark.long
+def test_the_job_of_a_stream_reads_the_commit_of_its_submission_from_the_hub(tmp_path):
+    (tmp_path / "stream.yaml").write_text(STREAM)
+    old, new = pictures(tmp_path / "old", [0, 1, 2, 3]), pictures(tmp_path / "new", [1, 1])
+    with Cluster(1) as cluster, Hub({"datasets/org/x": {"main": old, "new": new}}) as hub:
+        env = environment(hub, tmp_path / "home") | {name: cluster.env[name] for name in ("PATH", "SLURM_CONF")}
+        command = [sys.executable, "-m", "distill", "submit", "stream.yaml", "launch.slurm.options=[--hold]"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stderr
+        commits = {name: commit.sha for name, commit in hub.commits["datasets/org/x"].items()}
+        said_by = (
+            f"data org/x (commit {commits['main'][:12]}) is streamed, not downloaded: each process that trains needs"
+        )
+        assert said_by in done.stdout
+        commit = hub.commits["datasets/org/x"]["main"]
+        hub.commits["datasets/org/x"] |= {"main": hub.commits["datasets/org/x"]["new"], "old": commit}
+        hub.requests.clear()
+        run = RunPaths(tmp_path / "runs" / "stream")
+        cluster.run("scontrol", "release", last_job(run))
+        finish(cluster, run, last_job(run))
+    assert hub.requests and all(f"/resolve/{commits['main']}/" in request for request in hub.requests)
+    assert run.stage("teach").done.is_file(), said(run)
