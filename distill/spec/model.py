@@ -104,7 +104,8 @@ class CheckpointTeacher(FrozenModel):
     """for networks that work on latents: size of the samples in pixels, [height, width], or for video
     [frames, height, width]; null: the default size of the network"""
     conditions: str | None = None
-    """for text-conditional networks: file with embeddings of prompts, made by `distill encode`"""
+    """for text-conditional networks: file with embeddings of prompts, made by `distill encode`; or a folder with the
+    rows of each field in FIELD.npy, and the row of the unconditional call in null.FIELD.npy"""
     vae: str | None = None
     """for networks that work on latents: folder of the autoencoder; null: that of the pipeline"""
     embedded_guidance: Annotated[float, Field(ge=0, le=10_000)] | None = None
