@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import cached_runs
@@ -11,19 +12,22 @@ import torch
 from cached_runs import CAPTIONS, LEARN, SOLVE, UNIQUE, content
 from commands import command
 from diffusers import AutoencoderKL
-from runs import folder_bytes
+from programs.forked import Forked
+from runs import distill, folder_bytes, kill, start, wait_for
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from distill import caches
+from distill.core.atomic import hidden
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
+from distill.core.versions import DRAWS
 from distill.execution import preflight, sources, stages
 from distill.execution.caching import Caching
 from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource
 from distill.runs import cached
-from distill.runs.run_store import RunPaths, read_events
+from distill.runs.run_store import CREATED, RunPaths, create_run, event_line, read_events
 from distill.spec import checks, resolved, specfile
 from distill.teachers import encoding
 
@@ -182,9 +186,15 @@ def test_another_run_uses_the_same_caches_without_an_encoder(made, monkeypatch):
 def test_parts_of_two_processes_are_the_same_bytes(made, tmp_path):
     run, found, _ = made
     caching = Caching.of(found, tmp_path, tmp_path)
+    of_another_run = [hidden(caching.place(each) / "shard-00000.safetensors") for each in caching.planned]
+    for path in of_another_run:  # which makes the same caches now, and is writing the same shard
+        path.parent.mkdir(parents=True)
+        path.touch()
     for part in ((1, 2), (0, 2)):
         assert [caching.is_complete(each) for each in caching.planned] == [False, False]
         caching.make_all(CPU, StopRequest(), part)
+    for path in of_another_run:
+        path.unlink()
     theirs, ours = (folder_bytes(store / "caches") for store in (run.root.parent, tmp_path))
     assert {name: each for name, each in ours.items() if "shard-" not in name or ".safetensors" in name} == theirs
 
@@ -289,3 +299,67 @@ def test_what_the_command_refuses(case, tmp_path, monkeypatch, capfd):
     found = command(capfd, "cache", *arguments)
     assert found.code == 2
     assert said in found.err
+
+
+# --- processes ---
+
+
+def ranks(run: RunPaths, *names: str) -> list[Forked]:
+    """Two ranks that compute stages of a run, as `distill run` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start("stage", str(run.root), *names, cwd=run.root, log=run.root / f"{rank}.log",
+              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"})
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.process
+def test_two_ranks_that_are_killed_go_on_to_the_bytes_of_one_process(folder, made, tmp_path):
+    """And a student is trained and measured from what they have made."""
+    alone, found = made[0], spec_of(folder, {"few": STAGES["few"], "measure": MEASURE}, launch={"procs": 2})
+    run = RunPaths(tmp_path / "runs" / "run")
+    kinds = {name: each.kind for name, each in found.spec.stages.items()}
+    files = {
+        "spec.yaml": specfile.resolved(found.spec), "env.json": json.dumps({"threads": 1, "draws": DRAWS}),
+        CREATED: event_line("created", digest=found.spec.digest(), stages=kinds),
+    }  # fmt: skip
+    create_run(run.root.parent, run.name, files)
+    caches_of = run.root.parent / "caches"
+    both = ranks(run, "cache")
+    wait_for(lambda: list(caches_of.glob("latents-*/shard-*.json")), both[0])
+    for each in both:
+        kill(each)
+    assert not run.stage("cache").done.exists()
+    kept = {path: path.stat().st_ino for path in caches_of.glob("*/shard-*.safetensors")
+            if path.with_suffix(".json").exists()}  # fmt: skip
+    assert kept
+    both = ranks(run, "cache", "few")
+    assert [each.end() for each in both] == [0, 0], both[0].said + both[1].said
+    assert {path: path.stat().st_ino for path in kept} == kept, "what was complete is not made again"
+    records = {name for name in folder_bytes(caches_of) if "shard-" in name and name.endswith(".json")}
+    ours = {name: each for name, each in folder_bytes(caches_of).items() if name not in records}
+    assert ours == folder_bytes(alone.root.parent / "caches")
+    done = distill("stage", str(run.root), "measure", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run.stage("measure").root / "results.json").read_text())
+    assert {row["network"] for row in results["rows"]} == {"teacher", "few"}
+    assert folder_bytes(run.stage("cache").root).keys() == {"caches.json", "done.json"}
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_the_command_starts_all_processes(folder, made, tmp_path):
+    write_spec(folder, tmp_path, launch={"procs": 2, "threads": 1})
+    done = distill("cache", "run.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = folder_bytes(tmp_path / "runs" / "caches")
+    assert {name: each for name, each in ours.items() if "shard-" not in name or ".safetensors" in name} == (
+        folder_bytes(made[0].root.parent / "caches")
+    )
+    shutil.rmtree(folder / "sd3" / "vae")
+    refused = distill("cache", "run.yaml", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr.count("error:")) == (2, 1)

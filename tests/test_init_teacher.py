@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import cached_runs
 import checkpoints
 import pytest
 import test_teacher_ldm
@@ -206,6 +207,27 @@ def test_a_scheduler_that_is_not_known_is_to_do(unet, tmp_path):
     (folder / "scheduler" / "scheduler_config.json").unlink()
     (said,) = drafted(folder, "reflow/reflow").to_do
     assert said.startswith(f"teacher.scheduler: teacher.path={folder} has no scheduler config")
+
+
+def test_prompts_of_a_teacher_with_text_encoders_are_cached(tmp_path):
+    teacher = cached_runs.pipeline(tmp_path / "sd3")
+    made = drafted(teacher, "score/dmd2")
+    assert list(made.spec.stages) == ["cache", "dmd2", "evaluate"]
+    assert (made.spec.data.captions, made.spec.teacher.conditions) == (True, None)
+    assert made.to_do == [
+        "data.path: set it to the folder of the real images, with a caption for each: NAME.txt beside NAME.jpg, or a "
+        "metadata.jsonl"
+    ]
+    made = drafted(teacher, "reflow/reflow")
+    assert list(made.spec.stages) == ["cache", "pairs", "reflow", "evaluate"]
+    assert (made.spec.data.kind, made.spec.data.path, made.spec.teacher.conditions) == ("prompts", "PROMPTS.txt", None)
+    assert made.to_do == [
+        "data.path: set it to a file with prompts, one on each line; PROMPTS.txt is a placeholder"
+    ]  # fmt: skip
+    text = presets.annotated(made.spec, tmp_path)
+    assert "# images or prompts that are encoded at once" in text
+    (tmp_path / "spec.yaml").write_text(text)
+    assert specfile.load(tmp_path / "spec.yaml").spec == made.spec
 
 
 @pytest.mark.long

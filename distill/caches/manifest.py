@@ -153,4 +153,4 @@ class LatentManifest(FrozenModel):
         write_json(folder / "manifest.json", content)
 
 
-KIND: SetKind[LatentManifest, LatentShard] = SetKind("images", LatentManifest, LatentShard)
+KIND: SetKind[LatentManifest, LatentShard] = SetKind("images", LatentManifest, LatentShard, shared=True)

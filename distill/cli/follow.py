@@ -112,7 +112,9 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         mine = [job for job in standing.jobs if stage.name in job.stages]
         left = stage.seconds_left
         saved = "" if stage.saved is None else f"step {stage.saved_step}, {run_status.age(stage.saved)}"
-        progress = _shards(paths, stage.name) if stage.kind == "pairs" and stage.done is None else _progress(stage)
+        progress = (
+            _shards(paths, stage.name) if stage.kind in ("pairs", "cache") and stage.done is None else _progress(stage)
+        )
         rate = "" if stage.per_second is None else f"{stage.per_second:,.1f}/s"
         eta = "" if left is None else duration(left)
         rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, numbers(stage.logs)])

@@ -199,6 +199,11 @@ def _of_spec(
     run, spec = _run(store, given, changes, name, make=not check)
     chosen = _stage(spec, stage)
     _refuse_empty(share, spec.stages[chosen])
+    if spec.cache is not None and not run.stage(spec.cache).done.exists():
+        raise InputError(
+            f"stage '{chosen}' waits for the cache stage '{spec.cache}', which is not done yet; make it with: "
+            f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
+        )
     for field, of, _ in checks.references(spec.stages[chosen]):
         if not run.stage(of).done.exists():
             what = "weak model" if field == WEAK else "teacher"

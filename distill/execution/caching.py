@@ -23,8 +23,8 @@ from distill.protocols import Codec
 from distill.runs import cached
 from distill.runs.cached import UsedCache
 from distill.runs.progress import Progress
-from distill.spec import cacheuse
-from distill.spec.layout import Layout, listed
+from distill.spec import cacheuse, layout
+from distill.spec.layout import Layout
 from distill.spec.model import CacheStage, CheckpointTeacher, ImageOptions, RunSpec, VideosData
 from distill.spec.resolved import Resolved
 from distill.spec.samplingspec import STORED_BYTES
@@ -84,8 +84,8 @@ class Caching:
 
     def size(self, cache: UsedCache, part: tuple[int, int]) -> int:
         """Number of items in a part of a cache."""
-        layout = self.layouts[self.planned.index(cache)]
-        return layout.items(layout.part(part))
+        own = self.layouts[self.planned.index(cache)]
+        return own.items(own.part(part))
 
     def make(
         self, cache: UsedCache, device: torch.device, progress: Progress, stop: StopRequest, part: tuple[int, int]
@@ -149,12 +149,11 @@ class Caching:
 
     def shards(self, cache: UsedCache) -> int:
         """The number of shards that are complete. They are not read."""
-        folder = self.place(cache)
-        return len({*(listed(folder) or {}), *(path.stem + ".safetensors" for path in folder.glob("shard-*.json"))})
+        return layout.made(self.place(cache))
 
     def is_complete(self, cache: UsedCache) -> bool:
         """Whether all shards are there. They are not read."""
-        return len(listed(self.place(cache)) or {}) == cache.files
+        return len(layout.listed(self.place(cache)) or {}) == cache.files
 
     def finished(self, cache: UsedCache) -> UsedCache:
         """A complete cache with its digest. InputError if it is not complete."""

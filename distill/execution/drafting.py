@@ -41,6 +41,7 @@ FOR_WEIGHTS = 0.7  # of the memory of a GPU; the rest is for activations
 NODE = 8  # GPUs
 STEPS = 4  # of students that are made for a certain number of steps
 DATA = "IMAGES"  # placeholder for the folder of the images
+PROMPTS = {"kind": "prompts", "path": "PROMPTS.txt"}  # data of recipes that need no images; the path is a placeholder
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     batch = launch.world_size * (launch.known_micro_batch or 1)
     batch *= math.ceil(LEAST_BATCH / batch)
     name = _stage_name(request.recipe)
-    # The captions of the data are the prompts, if there are encoders that can embed them.
-    cached = "conditions" in teacher.to_set and bool(teacher.text_encoders) and "data" in recipe.needs
+    cached = "conditions" in teacher.to_set and bool(teacher.text_encoders)  # prompts or captions are the data
+    with_images = "data" in recipe.needs
     stages: dict[str, Any] = {"cache": {"kind": "cache"}} if cached else {}
     student = _training(request, options, batch) | {"optimizer": _optimizer(batch, 1e-5)}
     if "pairs" in recipe.needs:
@@ -96,14 +97,14 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     content = {
         "name": _run_name(given, name),
         "teacher": _teacher(given, teacher, cached=cached),
-        **({"data": _data(teacher, captions=cached)} if "data" in recipe.needs else {}),
+        **({"data": _data(teacher, captions=cached)} if with_images else {"data": PROMPTS} if cached else {}),
         "stages": stages,
         "launch": launch.model_dump(mode="json", exclude_defaults=True),
     }
     stages["evaluate"] = _evaluation(teacher, scale, name, _steps(recipe, content, name))
     made = specfile.validate(content, "the spec")
     checks.check(made, request.base)
-    to_do = _to_do(teacher, content, with_data="data" in recipe.needs)
+    to_do = _to_do(teacher, content, with_data=with_images)
     if size > FOR_WEIGHTS * request.memory:
         to_do.append(
             f"memory: weights, gradients, optimizer and averages need {human(size)} on each GPU, and a GPU has "
@@ -237,7 +238,9 @@ def _data(teacher: InspectedTeacher, *, captions: bool) -> dict[str, Any]:
 
 def _to_do(teacher: InspectedTeacher, content: Mapping[str, Any], *, with_data: bool) -> list[str]:
     found = [f"teacher.{name}: {why}" for name, why in teacher.to_set.items() if name == "scheduler"]
-    if "conditions" in content["teacher"] and "conditions" in teacher.to_set:
+    if content.get("data") == PROMPTS:
+        found.append(f"data.path: set it to a file with prompts, one on each line; {PROMPTS['path']} is a placeholder")
+    elif "conditions" in content["teacher"] and "conditions" in teacher.to_set:
         path = content["teacher"]["conditions"]
         found.append(
             f"teacher.conditions: {path} does not exist yet; make it with: distill encode {teacher.path} PROMPTS.txt "

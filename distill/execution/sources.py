@@ -182,7 +182,7 @@ def check_prompts(teacher: LoadedTeacher, name: str, count: int) -> None:
         raise InputError(
             f"data '{name}' has {count:,} prompts, but teacher.conditions of the teacher "
             f"({teacher.description}) has {teacher.num_classes:,} rows; row i must belong to the i-th prompt of the "
-            "data, so encode these prompts"
+            "data, so encode these prompts, or let a cache stage do it, without teacher.conditions"
         )
 
 

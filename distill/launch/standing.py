@@ -10,7 +10,7 @@ from distill.launch import slurm
 from distill.launch.slurm import JobState, NoAnswer
 from distill.reports import run_status
 from distill.reports.run_status import RunStatus
-from distill.runs import jobs
+from distill.runs import cached, jobs
 from distill.runs.run_store import RunPaths
 from distill.spec import layout
 
@@ -141,7 +141,8 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
 
 
 def shards(run: RunPaths, stage: str) -> int:
-    """Number of shards of a pairs stage that are complete."""
-    folder = run.stage(stage).pairs
-    listed = layout.listed(folder) or {}
-    return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})
+    """Number of shards of a pairs or cache stage that are complete."""
+    made = cached.noted(run, stage)
+    if made is None:
+        return layout.made(run.stage(stage).pairs)
+    return sum(layout.made(each.place(run.root.parent)) for each in made)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distill.core import space
-from distill.core.atomic import remove_unfinished, write_atomic
+from distill.core.atomic import clear_up, remove_unfinished, write_atomic
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.runs.progress import Progress
@@ -115,7 +115,10 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
     if strangers:
         raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
     whole = len(ours) == layout.files
-    remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
+    if kind.shared:
+        clear_up(folder)  # another run may be writing what this process is about to write
+    else:
+        remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
     if found is None:
         planned.save(folder)
         found = planned

@@ -63,13 +63,15 @@ class SetKind(Generic[M, E]):
     """A kind of sets.
 
     items: what a set consists of, for messages, such as "pairs". manifest, entry: the pydantic models of its files.
-    others: names of further safetensors files that belong to a set.
+    others: names of further safetensors files that belong to a set. shared: whether processes of different runs may
+    make the same set at the same time; their files have the same bytes.
     """
 
     items: str
     manifest: type[M]
     entry: type[E]
     others: frozenset[str] = frozenset()
+    shared: bool = False
 
 
 def read(kind: SetKind[M, E], folder: Path) -> M | None:

@@ -111,6 +111,12 @@ class _Listing(BaseModel):
     shards: dict[str, _ListedFile]
 
 
+def made(folder: Path) -> int:
+    """The number of shards in a folder that the manifest lists, or that have a record. They are not read."""
+    records = (path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))
+    return len({*(listed(folder) or {}), *records})
+
+
 def listed(folder: Path) -> dict[str, int] | None:
     """Shard name -> size in bytes, from the manifest in a folder; None if it is missing or damaged.
 

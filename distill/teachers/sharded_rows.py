@@ -118,7 +118,9 @@ class PromptManifest(FrozenModel):
         write_json(folder / "manifest.json", self.model_dump(mode="json"))
 
 
-KIND: SetKind[PromptManifest, PromptShard] = SetKind("prompts", PromptManifest, PromptShard, frozenset({NULL_FILE}))
+KIND: SetKind[PromptManifest, PromptShard] = SetKind(
+    "prompts", PromptManifest, PromptShard, frozenset({NULL_FILE}), shared=True
+)
 
 
 class ShardedRows:
