@@ -142,7 +142,7 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
 
 def shards(run: RunPaths, stage: str) -> int:
     """Number of shards of a pairs or cache stage that are complete."""
-    made = cached.noted(run, stage)
+    made = cached.noted(run, stage) if run.stage(stage).caches.exists() else None  # None: pairs
     if made is None:
         return layout.made(run.stage(stage).pairs)
     return sum(layout.made(each.place(run.root.parent)) for each in made)
