@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,6 +209,13 @@ def test_the_bytes_are_the_same_by_any_number_of_processes(tmp_path, codec, whol
     records = {f"shard-{n:05}.json" for n in range(3)}
     assert {name: each for name, each in found.items() if name not in records} == folder_bytes(whole)
     assert open_latents(tmp_path, 0).digest == open_latents(whole, 1).digest
+
+
+def test_two_runs_can_make_the_same_cache_at_once(tmp_path, codec, whole):
+    with ThreadPoolExecutor(2) as threads:
+        for made in [threads.submit(make, tmp_path, codec) for _ in range(2)]:
+            made.result()
+    assert folder_bytes(tmp_path) == folder_bytes(whole)
 
 
 def test_interrupted_work_is_continued_to_the_same_bytes(tmp_path, codec, whole):

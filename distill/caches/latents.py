@@ -1,7 +1,8 @@
 """Encodes the images of a data set, shard by shard. A process that is killed loses only the shard it is working on."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from distill.caches.manifest import KIND, MAX_NOTED, MIRRORED, CachedBucket, Lat
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.text import one_line
-from distill.data.source import Bucket, DataSet, Skipping
+from distill.data.source import Bucket, DataSet, Items, Skipping
 from distill.flow import draws
 from distill.protocols import Codec
 from distill.runs.progress import Progress
@@ -95,16 +96,11 @@ def generate(
     the set. InputError if the folder holds another set or cannot be written, or if more images are unreadable than the
     data allows; RunError if latents are not finite.
     """
-    planned, buckets = plan(data, codec, stage, seed=seed, mirrored=mirrored), _filled(data)
-    noted = 0
+    planned, noted = plan(data, codec, stage, seed=seed, mirrored=mirrored), 0
+    reading = _ReadAhead(data, planned)
 
     def solve(block: range) -> dict[str, Tensor]:
-        indices: Sequence[int] = block
-        if buckets:
-            bucket = planned.layout.bucket(planned.layout.holding(block.start))
-            first = planned.first_items[bucket]
-            indices = [int(item) for item in buckets[bucket].items[block.start - first : block.stop - first]]
-        items = data.items(0, indices)
+        items = reading.items(block)
         found = _encoded(items.samples.to(device), codec, planned, block)
         found = {name: stored(values, planned.dtype).cpu() for name, values in found.items()}
         _refuse_non_finite(found, planned, block)
@@ -132,19 +128,46 @@ def generate(
         if isinstance(data, Skipping):
             data.skip(sorted({row for file in listed.values() for row in file.skipped}))
 
-    make(
-        KIND,
-        planned,
-        folder,
-        block=planned.block,
-        item_bytes=planned.bytes_of(planned.shape),
-        solve=solve,
-        encode=encode,
-        progress=progress,
-        stop=stop,
-        part=part,
-        check=check,
-    )
+    with reading.thread:
+        make(
+            KIND,
+            planned,
+            folder,
+            block=planned.block,
+            item_bytes=planned.bytes_of(planned.shape),
+            solve=solve,
+            encode=encode,
+            progress=progress,
+            stop=stop,
+            part=part,
+            check=check,
+        )
+
+
+class _ReadAhead:
+    """Reads the items of blocks in a thread: while a block is encoded, the next one of its shard is decoded."""
+
+    def __init__(self, data: DataSet, planned: LatentManifest) -> None:
+        self.data, self.planned, self.buckets = data, planned, _filled(data)
+        self.thread = ThreadPoolExecutor(1, "read images")
+        self._next: tuple[range, Future[Items]] | None = None
+
+    def items(self, block: range) -> Items:
+        ready = self._next
+        reading = ready[1] if ready is not None and ready[0] == block else self.thread.submit(self._read, block)
+        end = self.planned.layout.indices(self.planned.layout.holding(block.start)).stop
+        following = range(block.stop, min(block.stop + self.planned.block, end))
+        self._next = (following, self.thread.submit(self._read, following)) if following else None
+        return reading.result()
+
+    def _read(self, block: range) -> Items:
+        """The items of the data that are those of a block of the cache."""
+        if not self.buckets:
+            return self.data.items(0, block)
+        bucket = self.planned.layout.bucket(self.planned.layout.holding(block.start))
+        first = self.planned.first_items[bucket]
+        chosen = self.buckets[bucket].items[block.start - first : block.stop - first]
+        return self.data.items(0, [int(item) for item in chosen])
 
 
 def _filled(data: DataSet) -> list[Bucket]:
