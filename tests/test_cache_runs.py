@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import cached_runs
@@ -154,6 +155,19 @@ def test_a_stage_refuses_another_cache_than_it_was_made_with(made, tmp_path):
         assert f"caches/{what}-" in str(error.value)
         digest = done["caches"][i]["digest"]
         assert f"has the digest {digest[:12]}, but run 'run' was started with 000000000000" in str(error.value)
+
+
+def test_a_stage_refuses_latents_of_another_autoencoder(made, folder, tmp_path):
+    run, found, _ = made
+    vae = shutil.copytree(folder / "sd3" / "vae", tmp_path / "vae")
+    path = vae / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    teacher = found.spec.teacher.model_copy(update={"vae": str(vae)})
+    other = replace(found, spec=found.spec.model_copy(update={"teacher": teacher}))
+    with pytest.raises(
+        InputError, match=r"/caches/latents-\w+ has latents of another autoencoder \(digest \w{12}\) than"
+    ):
+        sources.load(run, other, "few", CPU)
 
 
 def test_a_damaged_shard_is_made_again_to_the_same_bytes(made, tmp_path):

@@ -83,12 +83,12 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
-    data = _data(run, resolved, name, indexed=indexed) if "data" in needs else None
+    teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
+    data = _data(run, resolved, name, teacher, indexed=indexed) if "data" in needs else None
     if (prompts := used.get("prompts")) is not None:
         cached.refuse_other(run, prompts, conditions.read(prompts.place(run.root.parent)).digest)
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     places = _places(run, spec, used, given.get("teacher"))
-    teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
     return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts)
 
 
@@ -103,13 +103,19 @@ def _places(
     return places
 
 
-def _data(run: RunPaths, resolved: Resolved, name: str, *, indexed: bool) -> DataSet | None:
-    """The data of a stage: the latents in the run's cache, if it has some and the stage uses them."""
+def _data(
+    run: RunPaths, resolved: Resolved, name: str, teacher: LoadedTeacher | None, *, indexed: bool
+) -> DataSet | None:
+    """The data of a stage: the latents in the run's cache, if it has some and the stage uses them.
+
+    InputError if another autoencoder than the teacher's has made them.
+    """
     spec, used = resolved.spec, cached.of_run(run, resolved.spec).get("latents")
     if used is None or not cacheuse.reads_latents(resolved, name):
         read = spec.data if isinstance(spec.stages[name], TrainStage) else in_one_size(spec.data)
         return load_data(read, spec.seed, run.root if indexed else run.root.parent, indexed=indexed)
-    found = caches.open_latents(used.place(run.root.parent), spec.seed)
+    digest = None if teacher is None else teacher.codec.digest
+    found = caches.open_latents(used.place(run.root.parent), spec.seed, codec_digest=digest)
     cached.refuse_other(run, used, found.digest)
     return found
 
