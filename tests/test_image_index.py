@@ -99,8 +99,9 @@ def test_the_digest_is_of_the_bytes_the_labels_and_the_options(tmp_path):
     root = folder(tmp_path / "set", 3)
     for fields, options in (({}, (SIDE, 3, "center", False)), ({"size": [8, 16]}, ((8, 16), 3, "center", False))):
         content = hashlib.sha256(repr(options).encode())
-        for name, label in (("a/0", 0), ("a/2", 0), ("b/1", 1)):
-            content.update(hashlib.sha256((root / f"{name}.png").read_bytes()).digest() + str(label).encode())
+        for name in ("a/0", "a/2", "b/1"):
+            content.update(hashlib.sha256((root / f"{name}.png").read_bytes()).digest())
+        content.update(bytes([1, 1, 1]) + b"".join(label.to_bytes(8, "little") for label in (0, 0, 1)))
         assert data.load_data(images(root, **fields), 0).digest == content.hexdigest()
 
 

@@ -20,23 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import BaseModel, ConfigDict, Field
 
-from distill.core.atomic import write_atomic
 from distill.core.errors import RunError
-from distill.core.regular_files import read_regular
-from distill.data import prompts
+from distill.data import arrayfile, prompts
 from distill.data.facts import State, read_all, times
 from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.spec.imagefolder import MAX_CLASSES
 from distill.spec.model import HfData, ImageOptions, ImagesData, TarsData, VideosData
 
-MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
-TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
 CAPTION_ARRAYS = {"prompts", "prompt_ends", "caption_files"}
 TAR_ARRAYS = {"members", "tars", "tar_ends", "tar_stops"}
 # In nanoseconds. A file that was modified less than this before indexing may have been modified again within the
@@ -160,19 +154,14 @@ def path(folder: Path, spec: ImageOptions | VideosData) -> Path:
 
 
 def read(path: Path) -> ImageIndex | None:
-    """Reads an index. Returns None if there is none, or if it is damaged or of another version."""
-    try:
-        content = read_regular(path, MAX_BYTES)
-        tensors = dict(safetensors.deserialize(content))
-        size = int.from_bytes(content[:8], "little")
-        head = _Head.model_validate_json(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("index", ""))
-    except (OSError, safetensors.SafetensorError, ValidationError):
+    """Opens an index. Returns None if there is none, or if it is damaged or of another version.
+
+    The arrays are mapped into memory, so that the processes of a machine share them.
+    """
+    found = arrayfile.read(path, _Head)
+    if found is None:
         return None
-    if not all(each["dtype"] in TYPES for each in tensors.values()):
-        return None
-    arrays: dict[str, NDArray[np.generic]] = {
-        name: np.frombuffer(each["data"], TYPES[each["dtype"]]).reshape(each["shape"]) for name, each in tensors.items()
-    }
+    head, arrays = found
     n = arrays["state"].size if "state" in arrays else 0
     byte, long, short = np.dtype(np.uint8), np.dtype(np.int64), np.dtype(np.int32)
     captioned = not CAPTION_ARRAYS.isdisjoint(arrays)
@@ -235,12 +224,7 @@ def _are_labels(index: ImageIndex) -> bool:
 def write(path: Path, index: ImageIndex) -> None:
     """Writes an index atomically. Raises RunError if it cannot be written."""
     arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name != "head"}
-    arrays = {name: value for name, value in arrays.items() if value is not None}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {path.parent}: {error.strerror}; nothing was changed") from error
-    write_atomic(path, save(arrays, metadata={"index": index.head.model_dump_json()}))
+    arrayfile.write(path, index.head, {name: value for name, value in arrays.items() if value is not None})
 
 
 def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageIndex:

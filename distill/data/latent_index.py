@@ -19,22 +19,19 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import BaseModel, ConfigDict, Field
 
-from distill.core.atomic import write_atomic
-from distill.core.errors import InputError, RunError
-from distill.core.regular_files import open_regular, read_regular
+from distill.core.errors import InputError
+from distill.core.regular_files import open_regular
 from distill.core.text import printable
+from distill.data import arrayfile
 from distill.data.latent_files import FileFacts, facts_of, labels_of_file, listed
 from distill.runs.progress import Progress
 from distill.spec.imagefolder import ALWAYS, MAX_CLASSES, PER_IMAGE
 from distill.spec.model import LatentsData
 
-MAX_BYTES = 2**33  # maximum size of an index
-TYPES = {"U8": np.uint8, "I64": np.int64}  # by safetensors' names
+MAX_COUNT = 2**40  # maximum number of samples in a file
 THREADS = 16  # threads that read files, because network file systems serve many requests at once
 TASK = 32  # small files that a thread reads per task
 CHUNK = THREADS * TASK * 8  # files that are submitted together
@@ -92,21 +89,13 @@ def path(folder: Path, spec: LatentsData) -> Path:
 
 def read(path: Path) -> LatentIndex | None:
     """Reads an index. Returns None if there is none, or if it is damaged or of another version."""
-    try:
-        content = read_regular(path, MAX_BYTES)
-        tensors = dict(safetensors.deserialize(content))
-        size = int.from_bytes(content[:8], "little")
-        head = _Head.model_validate_json(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("index", ""))
-    except (OSError, safetensors.SafetensorError, ValidationError):
+    found = arrayfile.read(path, _Head)
+    if found is None or "counts" not in found[1]:
         return None
-    if not all(each["dtype"] in TYPES for each in tensors.values()) or "counts" not in tensors:
-        return None
-    arrays: dict[str, NDArray[np.generic]] = {
-        name: np.frombuffer(each["data"], TYPES[each["dtype"]]).reshape(each["shape"]) for name, each in tensors.items()
-    }
+    head, arrays = found
     files, counts = arrays["counts"].size, arrays["counts"]
     byte, long = np.dtype(np.uint8), np.dtype(np.int64)
-    if not files or counts.dtype != long or counts.min() < 0 or counts.max() > MAX_BYTES:
+    if not files or counts.dtype != long or counts.min() < 0 or counts.max() > MAX_COUNT:
         return None
     wanted = {
         "counts": (long, (files,)),
@@ -126,12 +115,7 @@ def read(path: Path) -> LatentIndex | None:
 
 def write(path: Path, index: LatentIndex) -> None:
     """Writes an index atomically. Raises RunError if it cannot be written."""
-    arrays = {name: value for name, value in vars(index).items() if name != "head"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {path.parent}: {error.strerror}; nothing was changed") from error
-    write_atomic(path, save(arrays, metadata={"index": index.head.model_dump_json()}))
+    arrayfile.write(path, index.head, {name: value for name, value in vars(index).items() if name != "head"})
 
 
 def make(spec: LatentsData, old: LatentIndex | None) -> LatentIndex:

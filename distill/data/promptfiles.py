@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import safetensors
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import BaseModel, ConfigDict, Field
 
 from distill.core import printing
-from distill.core.atomic import write_atomic
-from distill.core.errors import InputError, RunError
-from distill.core.regular_files import read_regular
+from distill.core.errors import InputError
 from distill.core.text import printable, suggest
-from distill.data import prompts, texttables
+from distill.data import arrayfile, prompts, texttables
 from distill.data.facts import times
-from distill.data.index import MAX_BYTES, SETTLED
+from distill.data.index import SETTLED
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.spec.dataspec import PromptsData
 
@@ -101,33 +97,21 @@ def path(folder: Path, spec: PromptsData) -> Path:
 
 def read(path: Path) -> FoundPrompts | None:
     """Reads kept prompts. Returns None if there are none, or if the file is damaged or of another version."""
-    try:
-        content = read_regular(path, MAX_BYTES)
-        tensors = dict(safetensors.deserialize(content))
-        size = int.from_bytes(content[:8], "little")
-        head = _PromptsHead.model_validate_json(
-            json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("prompts", "")
-        )
-    except (OSError, safetensors.SafetensorError, ValidationError):
+    kept = arrayfile.read(path, _PromptsHead)
+    if kept is None or {name: (str(each.dtype), each.ndim) for name, each in kept[1].items()} != _ARRAYS:
         return None
-    if {name: (each["dtype"], len(each["shape"])) for name, each in tensors.items()} != _DTYPES:
-        return None
-    found = Prompts(np.frombuffer(tensors["content"]["data"], np.uint8), np.frombuffer(tensors["ends"]["data"], "<i8"))
+    head, arrays = kept
+    found = Prompts(arrays["content"].view(np.uint8), arrays["ends"].view(np.int64))
     fits = 0 < len(found) <= head.total and prompts.are_valid(found.content, found.ends)
     return FoundPrompts(head, found) if fits else None
 
 
-_DTYPES = {"content": ("U8", 1), "ends": ("I64", 1)}
+_ARRAYS = {"content": ("uint8", 1), "ends": ("int64", 1)}
 
 
 def write(path: Path, found: FoundPrompts) -> None:
     """Writes prompts atomically. Raises RunError if they cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {path.parent}: {error.strerror}; nothing was changed") from error
-    arrays = {"content": found.prompts.content, "ends": found.prompts.ends}
-    write_atomic(path, save(arrays, metadata={"prompts": found.head.model_dump_json()}))
+    arrayfile.write(path, found.head, {"content": found.prompts.content, "ends": found.prompts.ends})
 
 
 # --- reading ---

@@ -14,22 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import save
+from pydantic import BaseModel, ConfigDict, Field
 
-from distill.core.atomic import write_atomic
-from distill.core.errors import RunError
-from distill.core.regular_files import read_regular
-from distill.data import prompts
-from distill.data.index import MAX_BYTES
+from distill.data import arrayfile, prompts
 from distill.data.prompts import CaptionFault, Prompts
 from distill.data.rows import FileNames
 from distill.spec.imagefolder import MAX_CLASSES
 from distill.spec.model import HfData
-
-ARRAYS = {"U8": np.uint8, "I64": np.int64}  # dtypes by safetensors' names
 
 
 class _StreamHead(BaseModel):
@@ -98,37 +90,24 @@ def path(folder: Path, spec: HfData) -> Path:
 
 def encoded(index: StreamIndex) -> bytes:
     """The content of the file of an index."""
-    arrays = {field.name: getattr(index, field.name) for field in fields(index) if field.name != "head"}
-    return save(arrays, metadata={"index": index.head.model_dump_json()})
+    return arrayfile.encoded(index.head, _arrays(index))
 
 
 def write(path: Path, index: StreamIndex) -> None:
     """Writes an index atomically. Raises RunError if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {path.parent}: {error.strerror}; nothing was changed") from error
-    write_atomic(path, encoded(index))
+    arrayfile.write(path, index.head, _arrays(index))
+
+
+def _arrays(index: StreamIndex) -> arrayfile.Arrays:
+    return {field.name: getattr(index, field.name) for field in fields(index) if field.name != "head"}
 
 
 def read(path: Path) -> StreamIndex | None:
     """Reads an index. Returns None if there is none, or if it is damaged or of another version."""
-    try:
-        content = read_regular(path, MAX_BYTES)
-        tensors = dict(safetensors.deserialize(content))
-        size = int.from_bytes(content[:8], "little")
-        found = json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("index", "")
-        head = _StreamHead.model_validate_json(found)
-    except (OSError, safetensors.SafetensorError, ValidationError):
+    found = arrayfile.read(path, _StreamHead)
+    if found is None or found[1].keys() != {each.name for each in fields(StreamIndex)} - {"head"}:
         return None
-    if tensors.keys() != {each.name for each in fields(StreamIndex)} - {"head"}:
-        return None
-    if not all(each["dtype"] in ARRAYS for each in tensors.values()):
-        return None
-    arrays: dict[str, NDArray[np.generic]] = {
-        name: np.frombuffer(each["data"], ARRAYS[each["dtype"]]).reshape(each["shape"])
-        for name, each in tensors.items()
-    }
+    head, arrays = found
     return _valid(head, arrays)
 
 
