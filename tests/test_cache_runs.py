@@ -23,7 +23,7 @@ from distill.core.atomic import hidden
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
-from distill.execution import preflight, sources, stages
+from distill.execution import forecast, preflight, sources, stages
 from distill.execution.caching import Caching
 from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource
@@ -40,6 +40,11 @@ STAGES = {
     "ahead": {**SOLVE, "paths": "forward"},
     "flow": MIXED,
     "few": {**LEARN, "recipe": "shortcut/shortcut"},
+}
+MORE = {
+    "along": {**SOLVE, "paths": "trajectories", "times": [1, 0.5, 0], "guidance_scale": 2.0},
+    "between": {**SOLVE, "paths": "segments", "times": [1, 0.5, 0]},
+    "again": {**SOLVE, "teacher": "flow"},
 }
 MEASURE = {"kind": "evaluate", "students": {"few": [1]}, "samples": 16, "block": 8, "fine_steps": 1, "baselines": [],
            "teacher_steps": []}  # fmt: skip
@@ -70,7 +75,7 @@ def begun(store: Path, found: resolved.Resolved) -> RunPaths:
 @pytest.fixture(scope="module")
 def made(folder):
     """(a run of all stages, its spec, the classes of encoders that were in memory, or called, in each train stage)."""
-    found = spec_of(folder)
+    found = spec_of(folder, {**STAGES, **MORE})
     preflight.check(found)
     run, seen = begun(folder / "runs", found), {}
     for name in found.spec.stages:
@@ -98,8 +103,7 @@ def opened(made) -> caches.CachedLatents:
 
 
 def test_encoders_are_in_memory_only_while_the_cache_is_made(made):
-    assert made[2] == {"cache": {each.__name__ for each in ENCODERS}, "solve": set(), "ahead": set(), "flow": set(),
-                       "few": set()}  # fmt: skip
+    assert made[2] == {"cache": {each.__name__ for each in ENCODERS}, **{name: set() for name in {**STAGES, **MORE}}}
 
 
 def test_a_run_notes_what_it_has_cached(made):
@@ -141,6 +145,19 @@ def test_pairs_hold_the_numbers_of_prompts_and_start_from_cached_latents(made):
         assert labels == [UNIQUE.index(CAPTIONS[i % 6]) for i in near.tolist()]
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_other_kinds_of_paths_hold_them_too(made, name):
+    run, found, _ = made
+    pairs = PairSet.open(run.stage(name).pairs, sources.load(run, found, name, CPU).teacher.digest)
+    batch = PairSource(pairs, 8, 0).batch(0, Rows(0, 8, 8))
+    assert (pairs.manifest.num_classes, pairs.manifest.guidance_scale) == (4, 2.0 if name == "along" else 1.0)
+    labels = batch.cond["class_labels"].tolist()
+    assert sorted(labels) == [0, 0, 1, 1, 2, 2, 3, 3] or name == "between"
+    if name == "between":
+        assert pairs.manifest.data_digest == opened(made).digest
+        assert set(labels) == set(range(4))
+
+
 def test_a_stage_refuses_another_cache_than_it_was_made_with(made, tmp_path):
     run, found, _ = made
     shutil.copytree(run.root.parent, tmp_path / "runs")
@@ -155,6 +172,32 @@ def test_a_stage_refuses_another_cache_than_it_was_made_with(made, tmp_path):
         assert f"caches/{what}-" in str(error.value)
         digest = done["caches"][i]["digest"]
         assert f"has the digest {digest[:12]}, but run 'run' was started with 000000000000" in str(error.value)
+
+
+def test_prompts_alone_are_cached_for_pairs(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\nred\n")
+    data = {"kind": "prompts", "path": str(tmp_path / "prompts.txt")}
+    found = checks.check(specfile.validate(content(folder / "sd3", data, {"solve": SOLVE}), "spec"), tmp_path)
+    preflight.check(found)
+    run = begun(tmp_path / "runs", found)
+    stages.run(run, found.spec, ["cache", "solve"], StopRequest())
+    (used,) = cached.of_run(run, found.spec).values()
+    assert (used.what, used.count, used.files) == ("prompts", 3, 2)
+    pairs = PairSet.open(run.stage("solve").pairs, None)
+    assert sorted(PairSource(pairs, 8, 0).batch(0, Rows(0, 8, 8)).cond["class_labels"].tolist()) == [
+        0, 0, 0, 1, 1, 1, 2, 2
+    ]  # fmt: skip
+
+
+def test_what_caches_take_is_predicted_from_a_block(made):
+    run, found, _ = made
+    cost = forecast.forecast(preflight.check(found), here=True)["cache"]
+    latents, prompts = (each.place(run.root.parent) for each in cached.of_run(run, found.spec).values())
+    moments, row = 2 * 4 * 8 * 8 * 4, 4 * ((77 + 256) * 32 + 24)
+    assert cost.bytes == 6 * moments + 4 * row
+    stored = sum(path.stat().st_size for each in (latents, prompts) for path in each.glob("shard-*.safetensors"))
+    assert cost.bytes < stored < cost.bytes + 5 * 1000, "the headers of five shards"
+    assert 0 < cost.seconds < 10
 
 
 def test_a_stage_refuses_latents_of_another_autoencoder(made, folder, tmp_path):
@@ -313,6 +356,21 @@ def test_what_the_command_refuses(case, tmp_path, monkeypatch, capfd):
     found = command(capfd, "cache", *arguments)
     assert found.code == 2
     assert said in found.err
+
+
+def test_what_needs_the_caches_says_how_to_make_them(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_spec(folder, tmp_path, {"solve": SOLVE})
+    found = command(capfd, "pairs", "run.yaml", "--check")
+    assert (found.code, found.err) == (
+        2,
+        "error: stage 'solve' waits for the cache stage 'cache', which is not done yet; make it with: distill run "
+        "run.yaml\n",
+    )
+    found = command(capfd, "plan", "run.yaml", "--measure")
+    assert found.code == 2
+    assert "error: measurements need the prompts of the cache stage 'cache', which are not complete in " in found.err
+    assert found.err.endswith("; make them first with: distill cache run.yaml\n")
 
 
 # --- processes ---
