@@ -1,5 +1,6 @@
 """The order in which the items of a data set are read: one size per batch, every item equally often, any position."""
 
+import tracemalloc
 from itertools import accumulate
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from distill.data import DataSource
-from distill.data.order import BatchOrder, streams
+from distill.data.order import BatchOrder, Shuffled, streams
 from distill.data.source import Bucket, Items
 from distill.flow.draws import Rows, permutation
 
@@ -80,6 +81,30 @@ def test_one_bucket_is_read_in_permutations_of_its_items_without_a_gap():
     stream = [item for step in range(10) for item in batch(order(buckets=items), step)]
     expected = [7 + position for epoch in range(4) for position in permutation(10, 3, epoch).tolist()]
     assert stream == expected
+
+
+def test_the_order_of_many_items_is_computed_position_by_position():
+    """Every epoch has each item once, in another order; a range, and any other items; in any rows, and far away."""
+    for items in (range(5, 305), np.arange(300) * 7):
+        many = Shuffled(items, 3, "many", drawn=299)
+        epochs = [next(many.take(epoch, 0, 300)) for epoch in (0, 1, 10**18)]
+        assert [sorted(each.tolist()) for each in epochs] == [list(items)] * 3
+        assert len({tuple(each.tolist()) for each in epochs}) == 3
+        assert torch.equal(next(many.take(1, 17, 40)), epochs[1][17:40])
+        assert torch.equal(next(Shuffled(items, 3, "many", drawn=300).take(0, 0, 300)), torch.from_numpy(
+            np.array(items)[permutation(300, 3, "many", 0).numpy()]
+        ))  # fmt: skip
+
+
+def test_the_order_of_a_hundred_million_items_takes_no_memory_for_each():
+    tracemalloc.start()
+    try:
+        asked = BatchOrder(streams(10**8, None, None, 3), 256, 3)
+        found = [item for step in (0, 390_624, 390_625, 10**12) for item in batch(asked, step, 256)]
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+    assert len(set(found)) > 1000 and min(found) >= 0 and max(found) < 10**8
 
 
 def test_far_positions_are_exact():

@@ -3,11 +3,13 @@
 import hashlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 
 from distill.core.errors import InputError
+from distill.flow import keyed_permutation
 from distill.flow.draws import Rows, StepDraw, key, permutation, sample_labels, sample_noise
 
 # --- samples: (seed, index) alone ---
@@ -130,6 +132,29 @@ def test_a_draw_of_the_wrong_number_of_rows_is_refused():
 def test_rows_outside_the_batch_are_refused(start, stop, total):
     with pytest.raises(ValueError, match=rf"rows \[{start}, {stop}\) are not within a global batch of {total}"):
         Rows(start, stop, total)
+
+
+def test_a_keyed_permutation_has_each_number_once_at_any_size():
+    for n in (*range(1, 70), 1000, 65_537):
+        assert sorted(keyed_permutation.at(np.arange(n), n, "any").tolist()) == list(range(n))
+
+
+def test_a_keyed_permutation_is_fixed_forever_and_looks_random():
+    """A change here changes the order of the data of resumed runs."""
+    n, places = 10**8, np.arange(3 * 10**7, 3 * 10**7 + 50_000)
+    found = keyed_permutation.at(places, n, 3, 0)
+    assert found[:4].tolist() == [37517407, 32414231, 38125068, 70428503]
+    assert len(set(found.tolist())) == len(found)
+    assert kstest(found / n, "uniform").pvalue > 0.01 and kstest(np.diff(found) % n / n, "uniform").pvalue > 0.01
+    other = keyed_permutation.at(places, n, 3, 1)
+    assert kstest((other - found) % n / n, "uniform").pvalue > 0.01
+    assert np.array_equal(keyed_permutation.at(places[100:200], n, 3, 0), found[100:200])
+
+
+def test_a_keyed_permutation_refuses_positions_that_it_does_not_have():
+    for places in ([-1], [5]):
+        with pytest.raises(ValueError, match="positions of a permutation of 5 numbers are 0 to 4"):
+            keyed_permutation.at(np.array(places), 5, 3)
 
 
 def test_permutations_are_keyed():

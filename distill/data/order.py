@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.flow import keyed_permutation
 from distill.flow.draws import Rows, permutation
 from distill.shards import ShardOrder
+
+DRAWN = 2**24  # maximum number of items whose order is drawn as a whole: 8 bytes for each, in every process
 
 
 class ItemStream(Protocol):
@@ -23,21 +26,28 @@ class ItemStream(Protocol):
 class Shuffled:
     """A stream of epochs, each of which is a permutation of the items. Implements `ItemStream`.
 
-    items: their indices, [n] int64. key: with the epoch, the seed of the permutation.
+    The order of an epoch of up to `drawn` items is drawn as a whole and kept in memory. That of more items is computed
+    position by position (see `keyed_permutation`).
+
+    items: their indices, [n]. key: with the epoch, the seed of the permutation.
     """
 
-    def __init__(self, items: NDArray[np.int64], *key: int | str) -> None:
-        self._items, self._key = items, key
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))  # of one epoch
+    def __init__(self, items: NDArray[np.int64] | range, *key: int | str, drawn: int = DRAWN) -> None:
+        self._items, self._key, self._drawn = items, key, drawn
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # of one epoch
 
     def __len__(self) -> int:
         return len(self._items)
 
     def take(self, epoch: int, first: int, last: int) -> Iterator[Tensor]:
-        if self._order[0] != epoch:
-            order = permutation(len(self), *self._key, epoch)
-            self._order = epoch, torch.from_numpy(self._items[order.numpy()])
-        yield self._order[1][first:last]
+        if len(self) > self._drawn:
+            places = keyed_permutation.at(np.arange(first, last), len(self), *self._key, epoch)
+        else:
+            if self._order[0] != epoch:
+                self._order = epoch, permutation(len(self), *self._key, epoch).numpy()
+            places = self._order[1][first:last]
+        items = self._items
+        yield torch.from_numpy(items[places] if isinstance(items, np.ndarray) else places + items.start)
 
 
 def streams(
@@ -53,10 +63,10 @@ def streams(
     if shards is not None:
         return [ShardOrder(each, seed, "data", bucket) for bucket, each in enumerate(shards)]
     if buckets is None:
-        return [Shuffled(np.arange(count), seed)]
+        return [Shuffled(range(count), seed)]
     if sum(len(each) > 0 for each in buckets) == 1:
-        return [Shuffled(np.asarray(each), seed) for each in buckets]
-    return [Shuffled(np.asarray(each), seed, "bucket", bucket) for bucket, each in enumerate(buckets)]
+        return [Shuffled(each, seed) for each in buckets]
+    return [Shuffled(each, seed, "bucket", bucket) for bucket, each in enumerate(buckets)]
 
 
 class BatchOrder:
