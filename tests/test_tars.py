@@ -343,6 +343,23 @@ def test_only_tars_that_changed_are_read_again(tmp_path, monkeypatch):
     assert torch.equal(values(loaded), values(fresh)) and torch.equal(values(loaded)[4:], values(before))
 
 
+def test_captions_that_cannot_be_used_are_those_of_the_index_while_their_tar_is_unchanged(
+    tmp_path, monkeypatch, capsys
+):
+    texts = {"no": {}, "empty": {"txt": " "}, "control": {"txt": "a\0b"}, "long": {"txt": "x" * 70_000}}
+    members = [each for key, more in texts.items() for each in sample(key, 1, **more)]
+    write(tmp_path / "x" / "b.tar", [*members, *sample("not-utf8", 2), ("not-utf8.txt", b"\xff")])
+    write(tmp_path / "x" / "a.tar", sample("fine", 3, txt="a cat"))
+    chosen = spec(tmp_path / "x", caption_key="txt", max_unreadable=5)
+    again(chosen, tmp_path, monkeypatch)
+    first = data.load_data(chosen, 0, tmp_path)
+    write(tmp_path / "x" / "c.tar", sample("new", 4, txt="a dog"))
+    again(chosen, tmp_path, monkeypatch)
+    loaded = data.load_data(chosen, 0, tmp_path)
+    assert loaded.unreadable == first.unreadable and len(loaded.unreadable) == 5
+    assert list(loaded.prompts) == ["a cat", "a dog"] and loaded.items(0, [0, 1]).labels.tolist() == [0, 1]
+
+
 def test_a_run_reads_only_its_index_and_refuses_a_tar_that_has_changed(tmp_path):
     path = write(tmp_path / "x" / "a.tar", [*sample("1", 1, txt="one"), *sample("2", 2, txt="two")])
     chosen = spec(tmp_path / "x", caption_key="txt")

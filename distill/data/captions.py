@@ -17,15 +17,13 @@ from distill.core.text import printable
 from distill.data import texttables
 from distill.data.facts import CHUNK, TASK, THREADS, times
 from distill.data.index import SETTLED, ImageIndex
-from distill.data.prompts import MAX_LENGTH, CaptionFault, Captions
+from distill.data.prompts import MAX_LENGTH, CaptionFault, Captions, StoredCaption
 from distill.spec.captionfiles import CaptionFiles
 from distill.spec.imagefolder import ImageFolder
 
 NAME = "file_name"  # column with the path of an image, relative to the table
 COLUMNS = ("text", "caption")  # columns with the caption; a table must have one of them
 SHOWN = 3  # names that a message lists
-
-StoredCaption = bytes | str | CaptionFault | None
 
 
 def of_folder(folder: ImageFolder, known: ImageIndex | None) -> Captions | None:

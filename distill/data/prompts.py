@@ -145,6 +145,8 @@ class CaptionFault(IntEnum):
     UNREAD = 6
 
 
+StoredCaption = bytes | str | CaptionFault | None  # a caption as it is stored, or why it cannot be used
+
 FAULTS = {
     CaptionFault.ABSENT: "no caption",
     CaptionFault.EMPTY: "an empty caption",
@@ -184,7 +186,7 @@ class Captions:
     """[N, 3]: size, mtime and ctime in ns of the file that holds only this caption; 0: there is none"""
 
     @classmethod
-    def of(cls, found: Iterable[bytes | str | CaptionFault | None]) -> "Captions":
+    def of(cls, found: Iterable[StoredCaption]) -> "Captions":
         """Checks the captions as they are stored, one for each image. None: the image has no caption."""
         faults = array("b")
 

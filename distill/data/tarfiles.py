@@ -20,7 +20,7 @@ from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
 from distill.core.text import printable, whole_number
 from distill.data.facts import State
-from distill.data.prompts import CaptionFault, cleaned
+from distill.data.prompts import CaptionFault, StoredCaption, cleaned
 from distill.data.rows import FileNames
 from distill.spec.imagefolder import MAX_CLASSES, suffixes
 
@@ -77,8 +77,8 @@ class TarContent:
     """[N]: values of State; FINE: not checked yet"""
     labels: NDArray[np.int64]
     """[N]: class ids; 0 if there are none"""
-    captions: list[bytes | str | None]
-    """[N] as stored in the tar; empty if there are none"""
+    captions: list[StoredCaption]
+    """[N] as stored in the tar, or why there is none; empty if captions are not used"""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class _Rows:
     states: "array[int]" = field(default_factory=lambda: array("B"))
     labels: "array[int]" = field(default_factory=lambda: array("q"))
     hashes: "array[int]" = field(default_factory=lambda: array("q"))  # of the keys
-    captions: list[bytes | str | None] = field(default_factory=list)
+    captions: list[StoredCaption] = field(default_factory=list)
 
     def add(self, sample: _Sample) -> None:
         state, label, caption = _checked(sample, self.keys)

@@ -15,7 +15,7 @@ from distill.data.facts import THREADS, times
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, FoundInTars, ImageIndex, is_settled
 from distill.data.order import Ranges
-from distill.data.prompts import CaptionFault, Captions, Prompts
+from distill.data.prompts import CaptionFault, Captions, StoredCaption
 from distill.data.rows import FileNames, TarRows
 from distill.data.tarfiles import SampleKeys, TarContent, scan
 from distill.spec.imagefolder import count_classes
@@ -25,13 +25,6 @@ MAX_TARS = 1_000_000
 SHOWN = 3  # names in a message
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
-# What `Captions.of` takes for each fault: the captions of unchanged tars come from the index.
-STORED = {
-    CaptionFault.ABSENT: None,
-    CaptionFault.EMPTY: b"",
-    CaptionFault.NOT_UTF8: b"\xff",
-    CaptionFault.CONTROL: b"\0",
-}
 
 
 class TarImages(ImageData):
@@ -65,7 +58,7 @@ def found(spec: TarsData, old: ImageIndex | None) -> FoundImages:
     contents: list[TarContent] = []
     before: list[int] = []  # for each tar, its first row in the old index; -1: it is new or has changed
 
-    def captions() -> Iterator[bytes | str | None]:
+    def captions() -> Iterator[StoredCaption]:
         for first, content in _contents(spec, names, old):
             yield from content.captions
             content.captions.clear()
@@ -145,17 +138,14 @@ def _known(old: ImageIndex, start: int, name: str) -> TarContent:
     stop = int(rows.stops[np.searchsorted(rows.stops, start, "right")])
     begin = int(old.ends[start - 1]) if start else 0
     names = FileNames(old.names[begin : int(old.ends[stop - 1])], old.ends[start:stop] - begin)
-    captions: list[bytes | str | None] = []
+    captions: list[StoredCaption] = []
     if old.captions is not None:
         prompts = old.captions.prompts
-        captions = [_stored(prompts, label) for label in old.labels[start:stop].tolist()]
+        labelled = old.labels[start:stop].tolist()
+        captions = [prompts[label] if label >= 0 else CaptionFault(-label) for label in labelled]
     labels = np.zeros(stop - start, np.int64) if old.head.num_classes is None else old.labels[start:stop]
     file: tuple[int, int, int] = tuple(old.file[start].tolist())
     return TarContent(file, names, rows.members[start:stop], old.state[start:stop], labels, captions)
-
-
-def _stored(prompts: Prompts, label: int) -> bytes | str | None:
-    return prompts[label] if label >= 0 else STORED[CaptionFault(-label)]
 
 
 # --- names ---
