@@ -60,7 +60,7 @@ def opened(
         found = ENDED.search(str(error))
         if found is None:
             raise
-        raise RunError(_told(found[1], found[2])) from error
+        raise RunError(_told(found[1], found[2] or loader.signal_of_worker())) from error
     finally:
         loader.close()
 
@@ -123,6 +123,11 @@ class Loader:
         assert found.batch is not None
         self._next = next(self._expected)
         return found.batch
+
+    def signal_of_worker(self) -> str | None:
+        """The description of the signal that has ended a worker, such as "Killed"; None: there is no such worker."""
+        codes = [] if self._deliveries is None else [worker.exitcode for worker in self._deliveries._workers]
+        return next((signal.strsignal(-code) for code in codes if code is not None and code < 0), None)
 
     def close(self) -> None:
         """End the workers."""
