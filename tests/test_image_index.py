@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from distill import data
 from distill.core.errors import InputError, RunError
 from distill.data import decoding, index
 from distill.data.arrays import ArrayData
+from distill.data.images import ImageData
 from distill.data.index import State
+from distill.data.rows import FileRows, UsableRows
 from distill.spec.model import HfData, ImagesData
 
 SIDE = 64
@@ -426,3 +429,42 @@ def test_an_index_without_orientations_is_made_again(tmp_path):
     assert made.sides.tolist() == [[8, 4]]
     index.write(path, replace(made, head=made.head.model_copy(update={"format": 1})))
     assert index.read(path) is None
+
+
+# --- many rows ---
+
+
+def test_usable_rows_are_those_that_are_left():
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        unusable = np.flatnonzero(draw.random(50) < draw.random())
+        left = np.setdiff1d(np.arange(50), unusable)
+        found = UsableRows(50, unusable)
+        assert [found[i] for i in range(len(found))] == left.tolist()
+        assert found.before(np.arange(51)).tolist() == np.searchsorted(left, np.arange(51)).tolist()
+
+
+@pytest.mark.parametrize("buckets", [None, {"step": 64}])
+def test_a_million_images_are_opened_with_little_memory(buckets):
+    n = 10**6
+    made = index.ImageIndex(
+        index._Head(num_classes=None, stamp="", written=1),
+        state=np.where(np.arange(n) % 1000 == 7, State.BROKEN, State.FINE).astype(np.uint8),
+        sides=np.tile(np.array([[512, 512], [512, 1024]], np.int32), (n // 2, 1)),
+        alpha=np.zeros(n, np.uint8),
+        file=np.zeros((n, 3), np.int64),
+        sha256=np.zeros((n, 32), np.uint8),
+        labels=np.empty(0, np.int64),
+        names=np.full(n, ord("a"), np.uint8),
+        ends=np.arange(1, n + 1),
+    )
+    chosen = images(Path("x"), size=512, buckets=buckets, max_unreadable=1000)
+    tracemalloc.start()
+    try:
+        opened = ImageData("many", FileRows(Path("x"), n, made.name), made, chosen, 0)
+        left, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(opened) == n - 1000 and opened.unreadable[:2] == ["x/a (row 7)", "x/a (row 1007)"]
+    of_buckets = 0 if buckets is None else 10 * n  # the row of each image, and its size
+    assert left < of_buckets + n / 10 and most < 2 * of_buckets + 8 * n

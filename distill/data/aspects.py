@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDING = 1e-9  # relative difference of aspect ratios that counts as none
+BLOCK = 2**16  # images that are processed together
 
 
 def nearest(sides: NDArray[np.int32], sizes: Sequence[tuple[int, int]]) -> NDArray[np.int16]:
@@ -21,4 +22,8 @@ def nearest(sides: NDArray[np.int32], sizes: Sequence[tuple[int, int]]) -> NDArr
     # Images with a lower aspect ratio than the geometric mean of two buckets belong to the wider one.
     squarer = np.abs(np.log(high)) < np.abs(np.log(low)) * (1 - ROUNDING)
     means = np.sqrt(low * high) * np.where(squarer, 1 - ROUNDING, 1 + ROUNDING)
-    return np.searchsorted(means, sides[:, 0] / sides[:, 1].clip(1), side="right").astype(np.int16)
+    found = np.empty(len(sides), np.int16)
+    for start in range(0, len(sides), BLOCK):
+        height, width = sides[start : start + BLOCK].T
+        found[start : start + BLOCK] = np.searchsorted(means, height / width.clip(1), side="right")
+    return found

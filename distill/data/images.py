@@ -16,14 +16,14 @@ from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.facts import REASONS, State
 from distill.data.index import ImageIndex
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
-from distill.data.rows import ImageRows
+from distill.data.rows import ImageRows, UsableRows
 from distill.data.source import Bucket, Items
 from distill.spec.model import ImageOptions
 
 KEEP_BYTES = 2**30  # maximum size of all decoded images that are kept in memory
 MAX_PIXELS = 2**26  # maximum size of an image after it is resized to cover a sample
 SHOWN = 5  # maximum number of names in a message
-BLOCK = 2**16  # rows that are hashed together
+BLOCK = 2**16  # rows that are hashed or checked together
 
 
 class ImageData:
@@ -52,17 +52,16 @@ class ImageData:
         # The position in _sizes of each row's size; without buckets, it is 0 for all rows.
         self._size_of = None if options.buckets is None else nearest(index.sides, self._sizes)
         self._refuse()
-        damaged = np.isin(index.state, [State.BROKEN, *_WITHOUT_BYTES])
+        unusable = (index.state == State.BROKEN) | (index.state >= State.EMPTY)
         if self.prompts is not None:
-            damaged |= index.labels < 0
-        self._readable: NDArray[np.int64] = np.flatnonzero(~damaged)
-        self.buckets = None if self._size_of is None else self._in_buckets(self._size_of[self._readable])
-        self._damaged = set(np.flatnonzero(damaged).tolist())
+            unusable |= index.labels < 0
+        self._readable = UsableRows(len(index), np.flatnonzero(unusable))
+        self.buckets = None if self._size_of is None else self._in_buckets(self._size_of[~unusable])
         self.skipped: list[int] = []
-        self.unreadable = [self._shown(row) for row in sorted(self._damaged)]
+        self._skipped: set[int] = set()  # the same rows
         self._labels = None if self.num_classes is None else torch.from_numpy(index.labels)
         self.digest = _digest(index, options, self._background, self._sizes)
-        if self.unreadable:
+        if len(self._readable) < len(index):
             self._report()
 
     def __len__(self) -> int:
@@ -90,8 +89,8 @@ class ImageData:
             peers = self.buckets[self._size_of[self._readable[i]]].items
         first = int(np.searchsorted(peers, i)) if isinstance(peers, np.ndarray) else i
         for k in range(len(peers)):
-            row = int(self._readable[peers[(first + k) % len(peers)]])
-            if row in self._damaged:
+            row = self._readable[int(peers[(first + k) % len(peers)])]
+            if row in self._skipped:
                 continue
             try:
                 pixels = self._decoded(row)
@@ -102,7 +101,7 @@ class ImageData:
             else:
                 sides = (int(self._index.sides[row, 0]), int(self._index.sides[row, 1]))
                 return cropped(pixels, sides, self._size(row), self._options, self._seed, epoch, row)
-        height, width = self._size(int(self._readable[i]))
+        height, width = self._size(self._readable[i])
         raise InputError(
             f"{self.name}: none of the {len(peers)} images of the bucket {height}x{width} (height x width) can be "
             "decoded; repair or remove them"
@@ -110,12 +109,16 @@ class ImageData:
 
     def skip(self, rows: Sequence[int]) -> None:
         """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""
-        new = [row for row in rows if row not in self._damaged]
-        self._damaged.update(new)
+        new = [row for row in rows if row not in self._skipped]
+        self._skipped.update(new)
         self.skipped += new
-        self.unreadable += [self._shown(row) for row in new]
         if new:
             self._report()
+
+    @property
+    def unreadable(self) -> list[str]:
+        """The images that are skipped so far, and why: first those that the index lists."""
+        return [self._shown(row) for row in [*self._readable.unusable.tolist(), *self.skipped]]
 
     def _in_buckets(self, size_of: NDArray[np.int16]) -> list[Bucket]:
         """The readable images of each bucket. size_of: the bucket of each of them."""
@@ -179,7 +182,7 @@ class ImageData:
                 f"data.background={self._options.background} has no effect: none of the {total} images of "
                 f"{self.name} has an alpha channel; remove it"
             )
-        long = np.flatnonzero(self._resized_pixels() > MAX_PIXELS)
+        long = self._too_long()
         if len(long):
             height, width = index.sides[long[0]].tolist()
             covers = covering(height, width, self._size(int(long[0])))
@@ -189,19 +192,24 @@ class ImageData:
                 f"{MAX_PIXELS:,} pixels; crop or remove them"
             )
 
-    def _resized_pixels(self) -> NDArray[np.float64]:
-        """The number of pixels of each image after resizing, [N]."""
-        sides = self._index.sides.clip(1).astype(np.float64)
-        sizes = np.array(self._sizes)[[0] if self._size_of is None else self._size_of]
-        return np.max(sizes / sides, axis=1) ** 2 * sides.prod(axis=1)
+    def _too_long(self) -> NDArray[np.int64]:
+        """The rows of images of more than MAX_PIXELS pixels after resizing."""
+        found, sizes = [], np.array(self._sizes)
+        for start in range(0, len(self._index), BLOCK):
+            height, width = self._index.sides[start : start + BLOCK].clip(1).T.astype(np.float64)
+            target = sizes[[0] if self._size_of is None else self._size_of[start : start + BLOCK]]
+            scales = np.maximum(target[:, 0] / height, target[:, 1] / width)
+            found.append(start + np.flatnonzero(scales**2 * (height * width) > MAX_PIXELS))
+        return np.concatenate(found)
 
     def _names(self, rows: NDArray[np.int64]) -> str:
         return ", ".join(map(self._rows.name, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")
 
     def _report(self) -> None:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
-        found, limit = len(self.unreadable), self._options.max_unreadable
-        names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
+        rows = [*self._readable.unusable[:SHOWN].tolist(), *self.skipped]
+        found, limit = len(self._readable.unusable) + len(self.skipped), self._options.max_unreadable
+        names = ", ".join(map(self._shown, rows[:SHOWN])) + (", ..." if found > SHOWN else "")
         decodable = self.prompts is None and self._index.members is None
         problem = "cannot be decoded" if decodable else "cannot be used"
         count = f"{self.name}: {found} of {len(self._index)} images {problem}"
@@ -209,9 +217,6 @@ class ImageData:
             raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
         if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
             printing.warn(f"{count} and are skipped: {names}")
-
-
-_WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]
 
 
 def _digest(
@@ -237,5 +242,6 @@ def _digest(
     for values, chosen in fields:
         for start in range(0, len(index), BLOCK):
             part = slice(start, start + BLOCK)
-            content.update(values[part][chosen[part]].tobytes())
+            used = chosen[part]
+            content.update(np.ascontiguousarray(values[part] if used.all() else values[part][used]).data)
     return content.hexdigest()

@@ -200,7 +200,7 @@ def read(path: Path) -> ImageIndex | None:
 
 
 def _rise(ends: NDArray[np.int64], last: int) -> bool:
-    return bool(len(ends) and ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == last)
+    return bool(len(ends) and ends[0] >= 0 and (ends[1:] >= ends[:-1]).all() and ends[-1] == last)
 
 
 def _are_tars(index: ImageIndex) -> bool:

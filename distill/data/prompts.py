@@ -64,7 +64,7 @@ def are_valid(content: NDArray[np.uint8], ends: NDArray[np.int64]) -> bool:
     """Whether arrays from a file are prompts (see `Prompts`): none is empty, and each is valid UTF-8."""
     if not len(ends):
         return not len(content)
-    if ends[0] <= 0 or (np.diff(ends) <= 0).any() or ends[-1] != len(content):
+    if ends[0] <= 0 or (ends[1:] <= ends[:-1]).any() or ends[-1] != len(content):
         return False
     start = 0
     for stop in chain(ends[CHUNK - 1 : -1 : CHUNK].tolist(), [len(content)]):

@@ -69,6 +69,28 @@ class FileNames(Sequence[str]):
         return os.fsdecode(self.content[start : int(self.ends[row])].tobytes())
 
 
+class UsableRows:
+    """The rows 0 ... count - 1 of a data set, without those that cannot be used. Only the latter take memory.
+
+    unusable: [m] int64, rising.
+    """
+
+    def __init__(self, count: int, unusable: NDArray[np.int64]) -> None:
+        self.unusable, self._length = unusable, count - len(unusable)
+        self._usable_before = unusable - np.arange(len(unusable))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        """The row of the usable item `index`, 0 to len - 1."""
+        return index + int(np.searchsorted(self._usable_before, index, "right"))
+
+    def before(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many usable rows come before each of these rows, [n]."""
+        return rows - np.searchsorted(self.unusable, rows)
+
+
 @dataclass(frozen=True)
 class FileRows:
     """Image files in a folder and its sub-folders."""

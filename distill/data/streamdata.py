@@ -15,6 +15,7 @@ from distill.data.decoding import COLOURS, UNREADABLE, covering, decode, header
 from distill.data.images import MAX_PIXELS, SHOWN
 from distill.data.order import Ranges
 from distill.data.prompts import FAULTS, CaptionFault
+from distill.data.rows import UsableRows
 from distill.data.source import Items
 from distill.data.streamindex import StreamIndex
 from distill.data.streamrows import StreamRows
@@ -38,18 +39,17 @@ class StreamData:
         self._rows, self._index, self._options, self._seed = StreamRows(options, index), index, options, seed
         self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background
         self._labels = torch.from_numpy(index.labels) if len(index.labels) else None
-        usable = None if self.prompts is None or (index.labels >= 0).all() else np.flatnonzero(index.labels >= 0)
-        self._usable = usable  # the rows with a caption; None: all rows
-        self.shards = [Ranges(index.stops if usable is None else np.searchsorted(usable, index.stops), len(self))]
+        without = np.flatnonzero(index.labels < 0) if self.prompts is not None else np.empty(0, np.int64)
+        self._usable = UsableRows(len(index), without)
+        self.shards = [Ranges(self._usable.before(index.stops), len(self))]
         self.digest = _digest(index, options)
         self.skipped: list[int] = []
-        self._damaged: set[int] = set()
-        self._without = len(index) - len(self)
-        if self._without:
+        self._skipped: set[int] = set()  # the same rows
+        if len(without):
             self._report()
 
     def __len__(self) -> int:
-        return len(self._index) if self._usable is None else len(self._usable)
+        return len(self._usable)
 
     def items(self, epoch: int, indices: Sequence[int]) -> Items:
         """Returns images [n, C, H, W] float32 in [-1, 1], labels [n] and sizes [n, 6].
@@ -63,8 +63,8 @@ class StreamData:
 
     def skip(self, rows: Sequence[int]) -> None:
         """Skips these rows from now on, because they cannot be decoded. See `source.Skipping`."""
-        new = [row for row in rows if row not in self._damaged]
-        self._damaged.update(new)
+        new = [row for row in rows if row not in self._skipped]
+        self._skipped.update(new)
         self.skipped += new
         if new:
             self._report()
@@ -75,9 +75,8 @@ class StreamData:
         The result is the same in every process: it does not depend on which damage a process has already found.
         """
         for k in range(len(self)):
-            place = (i + k) % len(self)
-            row = place if self._usable is None else int(self._usable[place])
-            if row in self._damaged:
+            row = self._usable[(i + k) % len(self)]
+            if row in self._skipped:
                 continue
             try:
                 pixels, sides = self._decoded(row)
@@ -103,9 +102,10 @@ class StreamData:
 
     def _report(self) -> None:
         """Warns about the unusable images found so far. Raises InputError if there are too many."""
-        found, limit = self._without + len(self._damaged), self._options.max_unreadable
-        names = [self._rows.name(row) for row in sorted(self._damaged)[:SHOWN]]
-        for row in np.flatnonzero(self._index.labels < 0)[: SHOWN - len(names)].tolist():
+        without, limit = self._usable.unusable, self._options.max_unreadable
+        found = len(without) + len(self._skipped)
+        names = [self._rows.name(row) for row in sorted(self._skipped)[:SHOWN]]
+        for row in without[: SHOWN - len(names)].tolist():
             names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
         shown = ", ".join(names) + (", ..." if found > SHOWN else "")
         count = f"{self.name}: {found} of {len(self._index)} images cannot be used"

@@ -34,7 +34,7 @@ class TarImages(ImageData):
     def shards(self) -> Sequence[Sequence[range]]:
         """The items of each tar; see `source.ShardedData`."""
         assert self._index.tar_stops is not None
-        return [Ranges(np.searchsorted(self._readable, self._index.tar_stops), len(self))]
+        return [Ranges(self._readable.before(self._index.tar_stops), len(self))]
 
 
 def rows(spec: TarsData, known: ImageIndex) -> TarRows:

@@ -21,7 +21,7 @@ from distill.data.facts import CHUNK, REASONS, TASK, THREADS, State
 from distill.data.images import MAX_PIXELS
 from distill.data.index import FoundImages, ImageIndex
 from distill.data.prompts import FAULTS, MAX_LENGTH, CaptionFault, Captions, Prompts
-from distill.data.rows import FileRows, ImageRows
+from distill.data.rows import FileRows, ImageRows, UsableRows
 from distill.data.source import Items
 from distill.flow.draws import uniforms
 from distill.spec import videofolder
@@ -95,7 +95,7 @@ class VideoData:
         self._counts = np.diff(self._first, append=len(index))
         self._labels = None if self.prompts is None else torch.from_numpy(index.labels[self._first])
         self._faults = self._found_faults()
-        self._usable = np.setdiff1d(np.arange(len(self._first)), np.array(list(self._faults), np.int64))
+        self._usable = UsableRows(len(self._first), np.array(list(self._faults), np.int64))
         self.skipped: list[int] = []
         self.digest = _digest(index, options, self._counts)
         if self._faults:
@@ -128,7 +128,7 @@ class VideoData:
         The result is the same in every process: it does not depend on which damage a process has already found.
         """
         for k in range(len(self)):
-            video = int(self._usable[(i + k) % len(self)])
+            video = self._usable[(i + k) % len(self)]
             if video in self._faults:
                 continue
             try:
