@@ -298,7 +298,8 @@ def test_the_prompts_of_data_are_the_rows_of_the_file(flux, tmp_path):
         sources.check_shapes(found, data)
     assert str(error.value) == (
         f"data 'pictures' has 4 prompts, but teacher.conditions of the teacher ({found.description}) has 3 rows; row i "
-        "must belong to the i-th prompt of the data, so encode these prompts"
+        "must belong to the i-th prompt of the data, so encode these prompts, or let a cache stage do it, without "
+        "teacher.conditions"
     )
     for classes, takes in ((4, "is conditioned on classes"), (None, "is unconditional")):
         other = replace(found, given=None, num_classes=classes)
