@@ -185,7 +185,7 @@ def test_moments_of_patches_and_of_channels_with_scales_of_their_own(tmp_path):
 def test_the_digest_of_an_autoencoder_is_that_of_its_files_and_needs_no_network(vae, codec, monkeypatch):
     from distill.teachers import weights
 
-    _, digests = weights.network(vae, codec.config, codec._class, codec._paths)
+    _, digests = weights.network(vae, codec.config, codec._class, codec.paths)
     config = {k: v for k, v in codec.config.items() if k not in ("_diffusers_version", "_name_or_path")}
     known = __import__("hashlib").sha256(json.dumps({"config": config, "weights": digests}, sort_keys=True).encode())
     monkeypatch.setattr(weights, "network", None)
@@ -391,3 +391,14 @@ def test_memory_does_not_grow_with_the_number_of_images():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_batches_of_sorted_classes_have_many_of_them(tmp_path):
+    """Images are stored in the order of the data, which is often one class after the other."""
+    classes = torch.arange(64) // 4
+    given = ArrayData("sorted", classes.float()[:, None, None, None].expand(64, 1, 1, 1) / 8 - 1, classes, 16)
+    found = open_latents(make(tmp_path / "cache", PIXELS, given, shard=4), 0)
+    source = DataSource(found, 16, 0)
+    batches = [source.batch(step, Rows(0, 16, 16)).cond["class_labels"] for step in range(4)]
+    assert [len(each.unique()) for each in batches] == [10, 9, 10, 10]
+    assert torch.equal(torch.cat(batches).sort().values, classes)

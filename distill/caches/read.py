@@ -18,10 +18,13 @@ from distill.data.source import Bucket, Items
 from distill.flow import draws
 from distill.shards import LatestShards, mapped
 from distill.shards import manifest as files
-from distill.shards.order import GROUP
 from distill.shards.values import DTYPES, restored
 from distill.spec.layout import MAX_MANIFEST
 from distill.teachers import sharded_rows
+
+# Shards whose images are shuffled together. Images are stored in the order of the data, often one class after the
+# other, so that few shards would give batches of few classes.
+MIXED = 64
 
 
 class CachedLatents:
@@ -32,12 +35,13 @@ class CachedLatents:
     """
 
     prompts = None  # they are not stored; `manifest.prompts_digest` says which they are
+    group = MIXED
 
     def __init__(self, folder: Path, manifest: LatentManifest, seed: int) -> None:
         self.folder, self.manifest, self.seed, self._layout = folder, manifest, seed, manifest.layout
         self.name, self.shape, self.num_classes = manifest.data, manifest.shape, manifest.num_classes
         self.encoded = manifest.latents != "pixels"
-        self._shards = LatestShards(self._load, 2 * GROUP * max(1, len(manifest.buckets)))
+        self._shards = LatestShards(self._load, 2 * MIXED * max(1, len(manifest.buckets)))
 
     @cached_property
     def digest(self) -> str:

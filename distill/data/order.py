@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.flow import keyed_permutation
 from distill.flow.draws import Rows, permutation
 from distill.shards import ShardOrder
+from distill.shards.order import GROUP
 
 DRAWN = 2**24  # maximum number of items whose order is drawn as a whole: 8 bytes for each, in every process
 
@@ -55,13 +56,15 @@ def streams(
     buckets: Sequence[NDArray[np.int64] | range] | None,
     shards: Sequence[Sequence[range]] | None,
     seed: int,
+    *,
+    group: int = GROUP,
 ) -> list[ItemStream]:
     """The stream of each bucket of a data set of `count` items.
 
-    buckets: the items of each, as in `DataSet.buckets`. shards: see `ShardedData.shards`.
+    buckets: the items of each, as in `DataSet.buckets`. shards, group: see `ShardedData`.
     """
     if shards is not None:
-        return [ShardOrder(each, seed, "data", bucket) for bucket, each in enumerate(shards)]
+        return [ShardOrder(each, seed, "data", bucket, group=group) for bucket, each in enumerate(shards)]
     if buckets is None:
         return [Shuffled(range(count), seed)]
     if sum(len(each) > 0 for each in buckets) == 1:

@@ -58,6 +58,8 @@ class ShardedData(Protocol):
 
     @property
     def shards(self) -> Sequence[Sequence[range]]: ...  # the items of each shard, for each bucket
+    @property
+    def group(self) -> int: ...  # how many shards are shuffled together, see `shards.ShardOrder`
 
 
 @runtime_checkable
@@ -83,8 +85,8 @@ class DataSource:
     def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True, sizes: bool = False) -> None:
         self.data, self.batch_size, self.seed, self.labels, self.sizes = data, batch_size, seed, labels, sizes
         buckets = None if data.buckets is None else [each.items for each in data.buckets]
-        shards = data.shards if isinstance(data, ShardedData) else None
-        self._order = BatchOrder(streams(len(data), buckets, shards, seed), batch_size, seed)
+        shards, group = (data.shards, data.group) if isinstance(data, ShardedData) else (None, 1)
+        self._order = BatchOrder(streams(len(data), buckets, shards, seed, group=group), batch_size, seed)
 
     @property
     def largest_step(self) -> int:

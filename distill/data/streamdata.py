@@ -19,6 +19,7 @@ from distill.data.rows import UsableRows
 from distill.data.source import Items
 from distill.data.streamindex import StreamIndex
 from distill.data.streamrows import StreamRows
+from distill.shards.order import GROUP
 from distill.spec.model import HfData
 
 
@@ -31,6 +32,7 @@ class StreamData:
 
     buckets = None
     encoded = False
+    group = GROUP
 
     def __init__(self, name: str, index: StreamIndex, options: HfData, seed: int) -> None:
         self.name, self.prompts = name, index.captions

@@ -18,6 +18,7 @@ from distill.data.order import Ranges
 from distill.data.prompts import CaptionFault, Captions, StoredCaption
 from distill.data.rows import FileNames, TarRows
 from distill.data.tarfiles import SampleKeys, TarContent, scan
+from distill.shards.order import GROUP
 from distill.spec.imagefolder import count_classes
 from distill.spec.model import TarsData
 
@@ -29,6 +30,8 @@ RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 class TarImages(ImageData):
     """Images in tars, which are read one group of tars after the other."""
+
+    group = GROUP
 
     @property
     def shards(self) -> Sequence[Sequence[range]]:

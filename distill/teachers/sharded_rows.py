@@ -25,7 +25,7 @@ from distill.spec.cachespec import MAX_NEGATIVE
 from distill.spec.layout import Layout
 
 NULL_FILE = "null.safetensors"
-OPEN = 64  # shards that are open at a time: prompts of neighbouring images are often neighbours, but need not be
+OPEN = 1024  # shards that are open at a time: the prompts of a batch can be in as many shards as it has images
 TYPES = {str(each).removeprefix("torch."): each for each in (
     torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
 )}  # fmt: skip
