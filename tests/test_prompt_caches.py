@@ -113,6 +113,18 @@ def test_damage_is_found_and_made_again(tmp_path, lengths, whole):
     assert folder_bytes(make(tmp_path, lengths)) == folder_bytes(whole)
 
 
+def test_a_device_with_other_last_bits_goes_on_with_the_same_unconditional_row(tmp_path, lengths, whole):
+    class Other(OfTheirLengths):
+        def encode_null(self, pipeline, negative):
+            return {name: each.float() * (1 + 1e-6) for name, each in super().encode_null(pipeline, negative).items()}
+
+    make(tmp_path, lengths, part=(0, 2))
+    other = encoding.TextEncoders(lengths.pipeline, Other(), lengths.facts, lengths.digest)
+    make(tmp_path, other, part=(1, 2))
+    assert conditions.read(tmp_path).digest == conditions.read(whole).digest
+    assert (tmp_path / "null.safetensors").read_bytes() == (whole / "null.safetensors").read_bytes()
+
+
 def test_embeddings_are_stored_in_the_data_type_and_refused_if_they_are_too_large(tmp_path, lengths):
     class Large(OfTheirLengths):
         def encode(self, pipeline, prompts):
