@@ -216,6 +216,11 @@ def test_caches_that_no_run_uses_are_deleted_after_a_day(tmp_path, capfd):
     assert (refused.code, refused.err) == (
         2, "error: --caches applies to the whole store; leave RUN and the other options out\n"
     )  # fmt: skip
-    run.stage("cache").caches.write_text("{}")
     os.utime(new, (0, 0))
+    teacher = {"path": "TEACHER", "conditions": str(new)}
+    run.spec.write_text(specfile.resolved(spec(teacher=teacher)))
+    assert cached.unused(store) == [], "a spec can name a folder of embeddings"
+    run.spec.write_text(specfile.resolved(spec()))
+    assert cached.unused(store) == [new]
+    run.stage("cache").caches.write_text("{}")
     assert cached.unused(store) == [], "a run whose caches are not known may need any"

@@ -12,8 +12,9 @@ from distill.core import records
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
 from distill.core.printing import warn
+from distill.runs import todo
 from distill.runs.run_store import RunPaths, runs
-from distill.spec.model import CheckpointTeacher, RunSpec
+from distill.spec.model import CheckpointTeacher, FileData, RunSpec
 
 What = Literal["latents", "prompts"]
 FOLDER = "caches"  # in the store
@@ -124,10 +125,15 @@ def unused(store: Path) -> list[Path]:
 
 
 def _folders(run: RunPaths) -> set[str]:
-    """The caches of a run, relative to the store."""
+    """The caches of a run, relative to the store: those of its cache stage, and those that its spec names."""
     stages = records.names(run.root / "stages")
     noting = [name for name in stages if run.stage(name).caches.exists()]
-    return {each.folder for name in noting for each in noted(run, name) or []}
+    found = {each.folder for name in noting for each in noted(run, name) or []}
+    spec, ours = todo.load_spec(run), (run.root.parent / FOLDER).resolve()
+    named = [spec.teacher.conditions] if isinstance(spec.teacher, CheckpointTeacher) else []
+    named += [spec.data.path] if isinstance(spec.data, FileData) else []
+    places = [Path(each).resolve() for each in named if each is not None]
+    return found | {f"{FOLDER}/{each.relative_to(ours).parts[0]}" for each in places if ours in each.parents}
 
 
 def with_conditions(spec: RunSpec, run: RunPaths) -> RunSpec:
