@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import socket
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from distill import caches
+from distill.core import file_checksums
 from distill.core.atomic import hidden
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
@@ -240,6 +242,23 @@ def test_another_run_uses_the_same_caches_without_an_encoder(made, monkeypatch):
     assert cached.of_run(other, found.spec) == cached.of_run(run, found.spec)
 
 
+def test_the_files_of_encoders_are_read_by_one_process_for_all(made, folder, monkeypatch):
+    run, found, _ = made
+    for path in folder.glob("sd3/*/*.safetensors"):
+        os.utime(path, (0, 0))  # those that have just been written are not trusted
+    read, opened = [], file_checksums.open_regular
+    monkeypatch.setattr(file_checksums, "LARGE", 1000)
+    monkeypatch.setattr(
+        file_checksums, "open_regular", lambda path, **more: read.append(path.parent.name) or opened(path, **more)
+    )
+    large = ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
+    for name, expected in (("first", large), ("second", [])):
+        monkeypatch.setattr(file_checksums, "_KNOWN", {})  # another process
+        read.clear()
+        stages.run(begun(run.root.parent, spec_of(folder, name=name)), found.spec, ["cache"], StopRequest())
+        assert sorted(each for each in read if each in large) == expected
+
+
 def test_parts_of_two_processes_are_the_same_bytes(made, tmp_path):
     run, found, _ = made
     caching = Caching.of(found, tmp_path, tmp_path)
@@ -333,8 +352,12 @@ def test_the_command_restores_the_caches_of_a_run(made, tmp_path, monkeypatch, c
     assert (changed.code, changed.err) == (
         2, "error: 'stages.cache.shard=4' has no effect: 'run' is a run, whose spec cannot change; leave it out\n"
     )  # fmt: skip
-    restored = command(capfd, "cache", "run")
-    assert restored.out.endswith("the caches are complete; go on with: distill run runs/run --resume\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    restored = command(capfd, "cache", "../runs/run")
+    assert restored.out.endswith("the caches are complete; go on with: distill run ../runs/run --resume\n")
+    assert not Path("runs").exists(), "they are in the store of the run"
+    monkeypatch.chdir(tmp_path)
     assert folder_bytes(tmp_path / "runs" / "caches") == before
     assert command(capfd, "sample", "run/few", "--out", "x.png", "--count", "1", "--steps", "1").code == 0
 
@@ -412,9 +435,7 @@ def test_two_ranks_that_are_killed_go_on_to_the_bytes_of_one_process(folder, mad
     both = ranks(run, "cache", "few")
     assert [each.end() for each in both] == [0, 0], both[0].said + both[1].said
     assert {path: path.stat().st_ino for path in kept} == kept, "what was complete is not made again"
-    records = {name for name in folder_bytes(caches_of) if "shard-" in name and name.endswith(".json")}
-    ours = {name: each for name, each in folder_bytes(caches_of).items() if name not in records}
-    assert ours == folder_bytes(alone.root.parent / "caches")
+    assert folder_bytes(caches_of) == folder_bytes(alone.root.parent / "caches"), "records of shards are gone, too"
     done = distill("stage", str(run.root), "measure", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((run.stage("measure").root / "results.json").read_text())

@@ -50,15 +50,20 @@ def cache(
         raise InputError("--part has no effect with --verify; leave it out")
     folder = store_path(store)
     resolved, run = _resolved(folder, given, changes or [])
+    if run is not None:
+        folder = run.root.parent  # a run that is given by its path may be in another store
     with importing():
+        from distill.core import file_checksums
         from distill.data import update_index
-        from distill.execution.caching import Caching
+        from distill.execution.caching import Caching, keep_checksums
 
+    file_checksums.read(folder)
     if lifeline is not None:
         _as_rank(folder, resolved, share, lifeline)
         return
     run_store.make(folder)
     update_index(resolved.spec.data, folder.absolute())
+    keep_checksums(resolved.spec, True, folder)
     made = Caching.of(resolved, folder.absolute(), folder.absolute())
     for each in made.planned:
         say(_standing(made, each))
@@ -66,6 +71,7 @@ def cache(
         _verify(made)
         return
     _make(folder, given, changes or [], part, made, share)
+    made.tidy()
     if part is None or all(made.is_complete(each) for each in made.planned):
         _refuse_other(made, run)
         say(f"the caches are complete; {_next(given, run)}")
@@ -157,7 +163,7 @@ def _as_rank(folder: Path, resolved: "distill.spec.resolved.Resolved", share: tu
     with StopRequest() as stop:
         local.watch(lifeline)
         made = Caching.of(resolved, folder.absolute(), folder.absolute())
-        made.make_all(devices.place(resolved.spec.launch), stop, (share[0] + share[1] * rank, share[1] * count))
+        made.make_all(devices.of_rank(resolved.spec.launch, rank), stop, (share[0] + share[1] * rank, share[1] * count))
 
 
 def _refuse_other(made: "distill.execution.caching.Caching", run: run_store.RunPaths | None) -> None:

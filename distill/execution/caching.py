@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from distill import caches
+from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.data import DataSet, load_data, load_prompts
@@ -23,12 +24,14 @@ from distill.protocols import Codec
 from distill.runs import cached
 from distill.runs.cached import UsedCache
 from distill.runs.progress import Progress
+from distill.shards import remove_records
 from distill.spec import cacheuse, layout
 from distill.spec.layout import Layout
 from distill.spec.model import CacheStage, CheckpointTeacher, ImageOptions, RunSpec, VideosData
 from distill.spec.resolved import Resolved
 from distill.spec.samplingspec import STORED_BYTES
 from distill.teachers import checkpoint, conditions, encoder_files, encoding, files
+from distill.teachers.codecs import LatentCodec
 from distill.teachers.convention import Convention
 from distill.teachers.describe import describe
 
@@ -155,6 +158,13 @@ class Caching:
         """Whether all shards are there. They are not read."""
         return len(layout.listed(self.place(cache)) or {}) == cache.files
 
+    def tidy(self) -> None:
+        """Remove the records of shards from caches that are complete, since their manifests list all shards."""
+        for cache, own in zip(self.planned, self.layouts, strict=True):
+            if self.is_complete(cache):
+                with suppress(OSError):  # it may belong to another user
+                    remove_records(self.place(cache), own)
+
     def finished(self, cache: UsedCache) -> UsedCache:
         """A complete cache with its digest. InputError if it is not complete."""
         folder = self.place(cache)
@@ -166,6 +176,25 @@ class Caching:
         with suppress(OSError):  # so that `distill clean` keeps it; it may belong to another user
             os.utime(folder)
         return UsedCache(cache.what, cache.folder, cache.count, cache.files, digest)
+
+
+def keep_checksums(spec: RunSpec, encoders: bool, *folders: Path) -> None:
+    """Keep the checksums of the files of the teacher's autoencoder, and of its text encoders, in stores or runs.
+
+    So not every process of a run reads these large files. encoders: whether those of the text encoders are needed too.
+    RunError if they cannot be written. Files that are missing or cannot be read are left to `Caching.of`.
+    """
+    if not isinstance(spec.teacher, CheckpointTeacher):
+        return
+    paths: list[Path] = []
+    with suppress(InputError, OSError):
+        codec, takes_prompts = _encoders(spec)
+        paths += codec.paths if isinstance(codec, LatentCodec) else []
+        if encoders and takes_prompts and cacheuse.may_store_prompts(spec):
+            paths += encoder_files.find(spec.teacher).paths
+    with suppress(OSError):
+        for folder in folders:
+            file_checksums.keep(paths, folder)
 
 
 def measure(resolved: Resolved, device: torch.device) -> tuple[float, int]:

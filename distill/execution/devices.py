@@ -31,6 +31,14 @@ def place(launch: LaunchSpec) -> torch.device:
     return torch.device("cuda")
 
 
+def of_rank(launch: LaunchSpec, rank: int) -> torch.device:
+    """The device of one of `launch.procs` processes on this machine that do not meet: each has a GPU of its own."""
+    device = place(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(rank)
+    return device
+
+
 def workers(launch: LaunchSpec, device: torch.device) -> int:
     """The number of processes that prepare batches for this process, which trains on `device`; see LaunchSpec."""
     if launch.workers is not None:

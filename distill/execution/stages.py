@@ -14,7 +14,7 @@ from distill.core.atomic import write_json
 from distill.core.errors import RunError
 from distill.core.stop import StopRequest
 from distill.data import update_index
-from distill.execution import devices, sources, train_stage
+from distill.execution import caching, devices, sources, train_stage
 from distill.execution.caching import Caching
 from distill.execution.work import Work
 from distill.runs import cached
@@ -48,10 +48,7 @@ def run(
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
-    if isinstance(spec.teacher, CheckpointTeacher) and spec.teacher.conditions is not None:
-        file_checksums.read(paths.root.parent)
-        world.alone("checksums of the conditions", partial(conditions.keep_checksums, spec.teacher, paths.root))
-        file_checksums.read(paths.root)
+    _share_checksums(paths, spec, names, world)
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)
@@ -88,6 +85,21 @@ def run(
             append_event(paths, "stage done", stage=name)
 
 
+def _share_checksums(paths: RunPaths, spec: RunSpec, names: list[str], world: World) -> None:
+    """Let rank 0 find the checksums of large files, unless they are known, and the other ranks take them over."""
+    store, teacher = paths.root.parent, spec.teacher
+    if not isinstance(teacher, CheckpointTeacher) or (teacher.conditions is None and spec.cache is None):
+        return
+    file_checksums.read(store)
+    if teacher.conditions is not None:
+        world.alone("checksums of the conditions", partial(conditions.keep_checksums, teacher, paths.root))
+    if spec.cache is not None:
+        encoders = any(name == spec.cache and not paths.stage(name).done.exists() for name in names)
+        keep = partial(caching.keep_checksums, spec, encoders, store, paths.root)
+        world.alone("checksums of the autoencoder and the text encoders", keep)
+    file_checksums.read(paths.root)
+
+
 @contextmanager
 def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
     """A context with a pairs stage and its loaded inputs. indexed: see `load_data`."""
@@ -110,7 +122,11 @@ def _cache(work: Work) -> dict[str, object]:
             made.make(cache, work.device, progress, work.stop, part)
         if work.part is None:
             world.wait(f"{cache.what} of the cache", partial(work.stop.raise_if_requested, "its part of the cache"))
-    return {} if work.part else cached.as_json([made.finished(cache) for cache in made.planned])
+    if work.part:
+        return {}
+    if world.first:
+        made.tidy()
+    return cached.as_json([made.finished(cache) for cache in made.planned])
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:

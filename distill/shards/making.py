@@ -15,7 +15,7 @@ from distill.core.stop import StopRequest
 from distill.runs.progress import Progress
 from distill.shards import manifest as files
 from distill.shards.manifest import E, M, SetKind, few
-from distill.spec.layout import shard_record
+from distill.spec.layout import Layout, shard_record
 
 B = TypeVar("B")  # what is made of one block
 
@@ -86,14 +86,14 @@ def make(
         completed = manifest.with_shards(dict(sorted(listed.items())), done=True)
         completed.save(folder)
     if part is None:
-        remove_records(folder, planned)
+        remove_records(folder, layout)
     return completed
 
 
-def remove_records(folder: Path, manifest: M) -> None:
-    """Remove the records of the shards of a complete set."""
+def remove_records(folder: Path, layout: Layout) -> None:
+    """Remove the records of the shards of a complete set, which its manifest lists."""
     for path in folder.glob("shard-*.json"):
-        if manifest.layout.number(path.with_suffix(".safetensors").name) is not None:
+        if layout.number(path.with_suffix(".safetensors").name) is not None:
             path.unlink(missing_ok=True)
 
 
@@ -103,7 +103,8 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
     The shards with numbers in `ours` are read and compared with their checksums; missing and damaged ones are left out.
     InputError if the folder holds another set.
     """
-    # Listed before the manifest is read, because another process may be creating both.
+    # Listed before the manifest is read, because another process may be creating both, or completing the set.
+    recorded, unreadable = files.records(kind, folder, planned.layout)
     shards = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in kind.others)
     layout, found = planned.layout, files.read(kind, folder)
     strangers = files.foreign(kind, folder, layout) if found else shards
@@ -122,7 +123,6 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
     if found is None:
         planned.save(folder)
         found = planned
-    recorded, unreadable = files.records(kind, folder, layout)
     listed = {name: file for name, file in {**found.shards, **recorded}.items() if name not in unreadable}
     faults = dict[str, str]()
     for name in (layout.name(number) for number in ours):

@@ -141,7 +141,7 @@ class LatentCodec:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over configuration and weights. The files are read, but the autoencoder is not loaded."""
-        digests = [file_checksums.sha256(path) for path in self._paths]
+        digests = [file_checksums.sha256(path) for path in self.paths]
         identity = {"config": lasting(self.config), "weights": digests}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -227,7 +227,7 @@ class LatentCodec:
 
     def _numbers(self, *names: str) -> list[Tensor]:
         """Tensors of the weights, by their names, in float32. The other weights are not read."""
-        found = {each.name: each.file for each in weights.stored(self._paths)}
+        found = {each.name: each.file for each in weights.stored(self.paths)}
         if missing := [name for name in names if name not in found]:
             raise InputError(
                 f"{self.folder}: config.json and the weights do not match: missing weights: {', '.join(missing)}"
@@ -237,7 +237,7 @@ class LatentCodec:
     def check(self) -> None:
         """InputError if there are no weights, or if they do not fit the config. Only their headers are read."""
         expected = weights.shapes(self.folder, self.config, self._class)
-        weights.fitting(self.folder, weights.stored(self._paths), expected)
+        weights.fitting(self.folder, weights.stored(self.paths), expected)
 
     @property
     def _class(self) -> type[diffusers.ModelMixin]:
@@ -245,14 +245,14 @@ class LatentCodec:
         return found
 
     @property
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The files of its weights. InputError if there are none."""
         return files.weights(self.folder, self.variant, optional=True)
 
     @cached_property
     def _read(self) -> nn.Module:
         """The autoencoder."""
-        vae, _ = weights.network(self.folder, self.config, self._class, self._paths)
+        vae, _ = weights.network(self.folder, self.config, self._class, self.paths)
         return vae.eval().requires_grad_(False)
 
     def _vae(self, device: torch.device) -> nn.Module:

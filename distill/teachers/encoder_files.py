@@ -70,6 +70,13 @@ class EncoderFiles:
                 found += [(f"{name} weights", _digest_of(path)) for path in self._weights(folder)]
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files with the weights of the text encoders. InputError if one has none."""
+        return [
+            path for name in self.names if name.startswith(LOADED[0]) for path in self._weights(self.pipeline / name)
+        ]
+
     def _weights(self, folder: Path) -> list[Path]:
         """The files with weights of the variant, or of none if the folder has no such variant."""
         found = {path: match["variant"] for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))}
@@ -84,11 +91,6 @@ def find(spec: CheckpointTeacher) -> EncoderFiles:
     """The text encoders of a teacher's pipeline. InputError if there are none."""
     parts = files.find(spec, download=False, encoders=True)
     return EncoderFiles.of(spec, parts, describe(spec, parts, "velocity"))
-
-
-def check(spec: CheckpointTeacher) -> None:
-    """InputError if the teacher's pipeline has no text encoders, or if their folders are missing."""
-    find(spec)
 
 
 def digest(spec: CheckpointTeacher) -> str:

@@ -105,8 +105,7 @@ def joined_rows(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def check(spec: CheckpointTeacher) -> tuple[Facts, EncoderFiles]:
-    """The facts of a network, and its text encoders. None is loaded.
-
+    """The facts of a network, and its text encoders.
 
     InputError if it has no text encoder, or one with code of its own. None is loaded.
     """
