@@ -5,6 +5,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -224,6 +227,16 @@ def test_large_files_show_their_progress(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(latent_index, "LONG", 1000)
     loaded(tmp_path / "a.npy")
     assert "checksums of the latents  4/5 MB" in capfd.readouterr().err
+
+
+def test_ctrl_c_ends_the_threads_that_read_files(tmp_path):
+    whole = np.lib.format.open_memmap(tmp_path / "many.npy", "w+", np.float32, (10**9, 4))  # 16 GB of zeros, a hole
+    del whole
+    timer, began = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        loaded(tmp_path / "many.npy")
+    assert time.monotonic() - began < 5
 
 
 # --- scaling ---

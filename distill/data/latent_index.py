@@ -273,14 +273,14 @@ def _checksums(
         return _sha256(Path(spec.path, names[number]), states[number], count, stop)
 
     with progress or nullcontext():
-        try:
-            return list(zip(new, _in_threads(one, new), strict=True))
-        finally:
-            stop.set()  # after an exception or Ctrl-C, the other threads end at once
+        return list(zip(new, _in_threads(one, new, stop), strict=True))
 
 
-def _in_threads(work: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
-    """Yields the result of `work` for each number, in their order. Several threads do the work."""
+def _in_threads(work: Callable[[int], T], numbers: Sequence[int], stop: threading.Event | None = None) -> Iterator[T]:
+    """Yields the result of `work` for each number, in their order. Several threads do the work.
+
+    stop: is set after an exception or Ctrl-C, before the threads are waited for.
+    """
 
     def task(part: Sequence[int]) -> list[T]:
         return [work(number) for number in part]
@@ -289,8 +289,13 @@ def _in_threads(work: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]
         for start in range(0, len(numbers), CHUNK):
             chunk = numbers[start : start + CHUNK]
             size = max(1, min(TASK, len(chunk) // THREADS))
-            for found in pool.map(task, [chunk[i : i + size] for i in range(0, len(chunk), size)]):
-                yield from found
+            try:
+                for found in pool.map(task, [chunk[i : i + size] for i in range(0, len(chunk), size)]):
+                    yield from found
+            except BaseException:
+                if stop is not None:
+                    stop.set()
+                raise
 
 
 def _sha256(path: Path, state: NDArray[np.int64], count: Callable[[int], None], stop: threading.Event) -> bytes:
