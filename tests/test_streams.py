@@ -225,13 +225,22 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
     root = write(tmp_path / "x", files=1)
     spec = hf(root / "data" / "train-00000-of-00001.parquet")
     data.update_index(spec, tmp_path, tmp_path / "run")
-    parquet.write_table(table(range(5)), spec.path, row_group_size=3)
-    loaded = data.load_data(spec, 0, tmp_path / "run", indexed=True)
-    for row, count in ((0, 3), (9, 0)):
+    size = Path(spec.path).stat().st_size
+    for rows in (range(5), range(10, 20)):  # fewer rows; as many, of other images
+        parquet.write_table(table(rows), spec.path, row_group_size=4)
+        now = Path(spec.path).stat().st_size
+        loaded = data.load_data(spec, 0, tmp_path / "run", indexed=True)
         with pytest.raises(
-            RunError, match=rf"the source has changed since the run began, there are now {count} rows; start"
+            RunError,
+            match=f"changed since the run began, the file had {size:,} bytes and has {now:,}; start a new run",
         ):
-            loaded.items(0, [row])
+            loaded.items(0, [0])
+    parquet.write_table(table(range(5)), spec.path, row_group_size=3)
+    index = streamindex.read(streamindex.path(tmp_path / "run", spec))
+    same_size = replace(index, sizes=np.array([Path(spec.path).stat().st_size]))
+    for row, count in ((0, 3), (9, 0)):
+        with pytest.raises(RunError, match=f"changed since the run began, there are now {count} rows; start a new run"):
+            StreamData("x", same_size, spec, 0).items(0, [row])
 
 
 def test_an_index_that_is_not_valid_is_made_again(tmp_path):

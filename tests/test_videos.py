@@ -110,6 +110,14 @@ def test_captions_lie_beside_the_folders(tmp_path):
     assert loaded(tmp_path, captions=True, max_unreadable=1).digest != digest
 
 
+def test_a_caption_of_a_video_that_is_too_long_is_named_as_such(tmp_path):
+    make(tmp_path, [3, 3])
+    (tmp_path / "0.txt").write_text("x" * 300_000)
+    (tmp_path / "1.txt").write_text("a cat")
+    found = loaded(tmp_path, captions=True, max_unreadable=1)
+    assert found.unreadable == ["0: a caption of more than 65,536 characters"]
+
+
 def test_videos_that_cannot_be_used_are_skipped(tmp_path, capfd):
     make(tmp_path, [3, 2, 4, 3, 3, 3], name="{}\x1b/{}.png")
     save(tmp_path / "2\x1b" / "3.png", frame(0, 0)[:5])

@@ -48,6 +48,14 @@ def of_folder(folder: ImageFolder, known: ImageIndex | None) -> Captions | None:
 # --- a file for each image ---
 
 
+def of_file(path: Path) -> StoredCaption:
+    """The content of a file with one caption, or why it cannot be used."""
+    try:
+        return read_regular(path, 4 * MAX_LENGTH, follow=True)
+    except OSError as error:
+        return CaptionFault.LONG if error.errno == errno.EFBIG else CaptionFault.UNREAD
+
+
 def _unchanged(names: Sequence[str], files: NDArray[np.int64], known: ImageIndex | None) -> NDArray[np.int64]:
     """For each image, the row of the earlier index that has its caption as it is now; -1: it must be read. [N]"""
     found = np.full(len(names), -1, np.int64)
@@ -72,10 +80,7 @@ def _of_files(
         if known is not None and known.captions is not None and before >= 0:
             label = int(known.labels[before])
             return known.captions.prompts[label] if label >= 0 else CaptionFault(-label)
-        try:
-            return read_regular(root / name, 4 * MAX_LENGTH, follow=True)
-        except OSError as error:
-            return CaptionFault.LONG if error.errno == errno.EFBIG else CaptionFault.UNREAD
+        return of_file(root / name)
 
     def task(start: int) -> list[StoredCaption]:
         return [caption(row) for row in range(start, min(start + TASK, len(old)))]

@@ -57,25 +57,25 @@ class StreamRows:
         name = self._names[file]
         where = f"data.path={printable(self._spec.path)}: rows {first} to {last - 1} ({printable(name)})"
         try:
-            column = self._files.again(lambda: self._column(file, number), where)
+            column = self._files.again(lambda: self._column(file, number, where), where)
         except FAILED as error:
             raise RunError(
                 f"{where} cannot be read any more: {reason(error)}; once the source can be reached, resume the run"
             ) from error
         if len(column) != last - first:
-            raise RunError(
-                f"{where}: the source has changed since the run began, there are now {len(column)} rows; start a new "
-                "run"
-            )
+            raise _changed(where, f"there are now {len(column)} rows")
         return column
 
-    def _column(self, file: int, number: int) -> pa.ChunkedArray:
+    def _column(self, file: int, number: int, where: str) -> pa.ChunkedArray:
         """The column of images of a row group. The file is opened again after an error."""
         opened = self._open.pop(file, None)
         if opened is None:
             while len(self._open) >= MAX_GROUPS:
                 self._open.popitem(last=False)[1].close()
-            source = self._files.open(self._names[file], int(self._index.sizes[file]))
+            size = int(self._index.sizes[file])
+            source = self._files.open(self._names[file], size)
+            if (now := source.seek(0, os.SEEK_END)) != size:  # only local files; of others, the end would not be found
+                raise _changed(where, f"the file had {size:,} bytes and has {now:,}")
             opened = parquet.ParquetFile(source, pre_buffer=True)
         if number >= opened.metadata.num_row_groups:
             return pa.chunked_array([], pa.binary())
@@ -85,3 +85,7 @@ class StreamRows:
         found = opened.read_row_group(number, columns=[wanted], use_threads=False).column(0)
         self._open[file] = opened
         return found
+
+
+def _changed(where: str, how: str) -> RunError:
+    return RunError(f"{where}: the source has changed since the run began, {how}; start a new run")

@@ -13,14 +13,14 @@ from torch.utils.data import default_collate, get_worker_info
 
 from distill.core import printing
 from distill.core.errors import InputError, RunError
-from distill.core.regular_files import read_regular
 from distill.core.text import printable
+from distill.data import captions
 from distill.data.cropping import scaled
 from distill.data.decoding import COLOURS, UNREADABLE, covering, decode
 from distill.data.facts import CHUNK, REASONS, TASK, THREADS, State
 from distill.data.images import MAX_PIXELS
 from distill.data.index import FoundImages, ImageIndex
-from distill.data.prompts import FAULTS, MAX_LENGTH, CaptionFault, Captions, Prompts
+from distill.data.prompts import FAULTS, CaptionFault, Captions, Prompts, StoredCaption
 from distill.data.rows import FileRows, ImageRows, UsableRows
 from distill.data.source import Items
 from distill.flow.draws import uniforms
@@ -42,23 +42,15 @@ def found(spec: VideosData) -> FoundImages:
     """The frames of all videos, video by video, and the captions, without reading the frames."""
     folder = videofolder.read(spec.path, captions=spec.captions)
     rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
-    captions = None if folder.captions is None else _captions(folder, folder.captions)
-    return FoundImages(rows, folder.names, folder.stats, None, None, captions=captions)
+    texts = None if folder.captions is None else _captions(folder, folder.captions)
+    return FoundImages(rows, folder.names, folder.stats, None, None, captions=texts)
 
 
 def _captions(folder: VideoFolder, names: Sequence[str | None]) -> Captions:
     """The captions of the videos; each frame has that of its video."""
 
-    def text(name: str | None) -> bytes | CaptionFault | None:
-        if name is None:
-            return None
-        try:
-            return read_regular(folder.root / name, 4 * MAX_LENGTH, follow=True)
-        except OSError:
-            return CaptionFault.UNREAD
-
-    def task(part: Sequence[str | None]) -> list[bytes | CaptionFault | None]:
-        return [text(name) for name in part]
+    def task(part: Sequence[str | None]) -> list[StoredCaption]:
+        return [None if name is None else captions.of_file(folder.root / name) for name in part]
 
     with ThreadPoolExecutor(THREADS) as pool:
         starts = range(0, len(names), TASK)

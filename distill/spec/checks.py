@@ -262,7 +262,7 @@ def _has_classes(spec: RunSpec) -> bool:
     if isinstance(data, LatentsData):
         return data.labels is not None
     if isinstance(data, VideosData):
-        return data.captions
+        return False
     return data.label_column is not None if isinstance(data, HfData) else dataspec.has_samples(data)
 
 

@@ -98,7 +98,7 @@ def _of_encoders(listed: Collection[str], folders: _Folders, wanted: str | None)
         inside = _inside(f"{pipeline}{folder}/", listed)
         variants = {name: match["variant"] for name in inside if (match := ENCODER_WEIGHTS.fullmatch(name)) is not None}
         known = list(variants.values())
-        chosen = wanted if wanted in known else None if None in known else next(iter(known), None)
+        chosen = wanted if wanted in known else None if None in known else min(filter(None, known), default=None)
         kept = {name for name in inside if Path(name).suffix in ENCODER_FILES}
         kept |= {name for name, variant in variants.items() if variant == chosen}
         found |= {f"{pipeline}{folder}/{name}" for name in kept}

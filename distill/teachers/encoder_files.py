@@ -132,5 +132,5 @@ def _variant(pipeline: Path, names: Sequence[str], wanted: str | None) -> str | 
         found = [match for path in (pipeline / name).iterdir() if (match := WEIGHTS.fullmatch(path.name)) is not None]
         variants = [match["variant"] for match in found]
         if variants and (wanted in variants or None not in variants):
-            return wanted if wanted in variants else variants[0]
+            return wanted if wanted in variants else min(filter(None, variants))
     return None
