@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -279,23 +279,20 @@ def _checksums(
 def _in_threads(work: Callable[[int], T], numbers: Sequence[int], stop: threading.Event | None = None) -> Iterator[T]:
     """Yields the result of `work` for each number, in their order. Several threads do the work.
 
-    stop: is set after an exception or Ctrl-C, before the threads are waited for.
+    stop: is set in the end, also after an exception or Ctrl-C, before the threads are waited for.
     """
 
     def task(part: Sequence[int]) -> list[T]:
         return [work(number) for number in part]
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool, ExitStack() as ending:
+        if stop is not None:
+            ending.callback(stop.set)
         for start in range(0, len(numbers), CHUNK):
             chunk = numbers[start : start + CHUNK]
             size = max(1, min(TASK, len(chunk) // THREADS))
-            try:
-                for found in pool.map(task, [chunk[i : i + size] for i in range(0, len(chunk), size)]):
-                    yield from found
-            except BaseException:
-                if stop is not None:
-                    stop.set()
-                raise
+            for found in pool.map(task, [chunk[i : i + size] for i in range(0, len(chunk), size)]):
+                yield from found
 
 
 def _sha256(path: Path, state: NDArray[np.int64], count: Callable[[int], None], stop: threading.Event) -> bytes:
