@@ -57,6 +57,16 @@ MISTAKES = {
         {"data": {**IMAGES, "captions": False}},
         "stages.cache.prompts: true given, but the data has no prompts; e.g. data: {kind: images",
     ),
+    "a negative prompt of classes": (
+        {"negative": "blurry"},
+        {"data": {**IMAGES, "captions": False}},
+        "stages.cache.negative: has no effect, because no embeddings of prompts are stored; remove it",
+    ),
+    "encoders of embeddings that are given": (
+        {"encoder_dtype": "bfloat16"},
+        {"teacher": {"path": "TEACHER", "conditions": "c.safetensors"}},
+        "stages.cache.encoder_dtype: has no effect, because no embeddings of prompts are stored; remove it",
+    ),
     "prompts that are given": (
         {"prompts": True},
         {"teacher": {"path": "TEACHER", "conditions": "c.safetensors"}},

@@ -48,9 +48,12 @@ def mistakes(stage: CacheStage, prefix: str) -> Iterator[str]:
     if not is_text(stage.negative):
         yield f"{prefix}negative: contains a control character; remove it"
     if stage.prompts is False:
-        defaults = {name: CacheStage.model_fields[name].default for name in ("negative", "encoder_dtype")}
-        for name, default in defaults.items():
-            if getattr(stage, name) != default:
-                yield f"{prefix}{name}: has no effect with prompts: false; remove it"
+        yield from (f"{prefix}{name}: has no effect with prompts: false; remove it" for name in of_prompts(stage))
     if stage.latents == "pixels" and stage.prompts is False and stage.dtype != "float32":
         yield f"{prefix}dtype: has no effect with latents: pixels and prompts: false, as pixels are uint8; remove it"
+
+
+def of_prompts(stage: CacheStage) -> list[str]:
+    """The settings that are given and apply only to prompts."""
+    fields = CacheStage.model_fields
+    return [name for name in ("negative", "encoder_dtype") if getattr(stage, name) != fields[name].default]

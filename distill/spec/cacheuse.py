@@ -100,6 +100,9 @@ def mistakes(found: Resolved, name: str, stage: CacheStage) -> Iterator[str]:
 
 def _prompts(spec: RunSpec, stage: CacheStage, where: str) -> Iterator[str]:
     teacher = spec.teacher
+    if stage.prompts is None and not may_store_prompts(spec):
+        for name in cachespec.of_prompts(stage):
+            yield f"{where}.{name}: has no effect, because no embeddings of prompts are stored; remove it"
     if stage.prompts is not True:
         return
     if not isinstance(teacher, CheckpointTeacher):
