@@ -310,8 +310,7 @@ VIDEOS = {
     ),
     "short videos": (
         *frames(["a/1.png", "a/2.png", "b/1.png"], stride=2),
-        "x: 2 of 2 videos cannot be used: a: 2 frames, 3 are needed, b: 1 frames, 3 are needed; repair or remove them, "
-        "or increase data.max_unreadable (now 0)",
+        "x: 2 of 2 videos cannot be used: a: 2 frames, 3 are needed, b: 1 frames, 3 are needed; repair or remove them",
     ),
     "size of images": (
         *frames(["a/1.png"], size=[4, 4]),
@@ -339,7 +338,7 @@ VIDEOS = {
         lambda: (written(Path("x"), {"a/note.txt": ""}), Image.new("L", (9000, 1)).save("x/a/1.png")),
         {**frames([])[1], "size": [1, 9000, 9000]},
         "x: 1 of 1 videos cannot be used: a: an extreme aspect ratio: frames would be resized to 81000000 x 9000; "
-        "repair or remove them, or increase data.max_unreadable (now 0)",
+        "repair or remove them",
     ),
 }
 CASES = {
@@ -479,20 +478,17 @@ CASES = {
     "no such field": (
         one,
         tars("a.tar", caption_key="json.caption", max_unreadable=9),
-        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1.png (row 0): no caption; repair or remove them, or "
-        "increase data.max_unreadable (now 9)",
+        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1.png (row 0): no caption; repair or remove them",
     ),
     "field of another type": (
         one,
         tars("a.tar", caption_key="json.id"),
-        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1.png (row 0): no caption; repair or remove them, or "
-        "increase data.max_unreadable (now 0)",
+        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1.png (row 0): no caption; repair or remove them",
     ),
     "text as class id": (
         one,
         tars("a.tar", label_key="json.text"),
-        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1 (row 0): no class id; repair or remove them, or "
-        "increase data.max_unreadable (now 0)",
+        "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar: 1 (row 0): no class id; repair or remove them",
     ),
     "no images": (
         escapes,
@@ -504,7 +500,7 @@ CASES = {
         compressed("a.tar", b"<html>" * 1000),
         tars("a.tar"),
         "a.tar: 1 of 1 images cannot be used: {tmp}/a.tar (row 0): a header of the tar is broken; repair or remove "
-        "them, or increase data.max_unreadable (now 0)",
+        "them",
     ),
 }
 
@@ -605,7 +601,7 @@ CAPTIONS = {
         ),
         "set: 4 of 4 images cannot be used: {set}/0.png (row 0): an empty caption, {set}/1.png (row 1): a caption "
         "that is not UTF-8, {set}/2.png (row 2): a caption with control characters, {set}/3.png (row 3): a caption "
-        "of more than 65,536 characters; repair or remove them, or increase data.max_unreadable (now 3)",
+        "of more than 65,536 characters; repair or remove them",
     ),
     "a folder in place of a caption": (
         *captioned({"a.png": None, "a.txt/b.png": None, "a.txt/b.txt": "b"}),

@@ -129,3 +129,12 @@ def test_prompts_are_no_images(tmp_path):
     with pytest.raises(InputError) as error:
         arguments.data(f"{{kind: prompts, path: {tmp_path}/a.txt}}")
     assert str(error.value) == "--data: kind prompts has no images; give data with images"
+
+
+def test_a_first_object_whose_prompt_is_null_does_not_hide_the_others(tmp_path, capfd):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": null, "id": 1}\n{"prompt": "a cat", "id": 2}\n')
+    assert list(data.load_prompts(PromptsData(kind="prompts", path=str(path), max_unreadable=1))) == ["a cat"]
+    assert (
+        capfd.readouterr().err == f"warning: {path}: 1 of 2 prompts cannot be used and are skipped: line 1: no prompt\n"
+    )

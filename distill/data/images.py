@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate, get_worker_info
 
-from distill.core import printing
 from distill.core.errors import InputError, RunError
+from distill.data import skipping
 from distill.data.aspects import nearest
 from distill.data.cropping import Cropped, cropped
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
@@ -208,15 +208,17 @@ class ImageData:
     def _report(self) -> None:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
         rows = [*self._readable.unusable[:SHOWN].tolist(), *self.skipped]
-        found, limit = len(self._readable.unusable) + len(self.skipped), self._options.max_unreadable
-        names = ", ".join(map(self._shown, rows[:SHOWN])) + (", ..." if found > SHOWN else "")
+        found, total = len(self._readable.unusable) + len(self.skipped), len(self._index)
         decodable = self.prompts is None and self._index.members is None
         problem = "cannot be decoded" if decodable else "cannot be used"
-        count = f"{self.name}: {found} of {len(self._index)} images {problem}"
-        if found > limit or found == len(self._index):
-            raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
-        if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
-            printing.warn(f"{count} and are skipped: {names}")
+        skipping.report(
+            f"{self.name}: {found} of {total} images {problem}",
+            [self._shown(row) for row in rows[:SHOWN]],
+            found=found,
+            total=total,
+            limit=self._options.max_unreadable,
+            todo="repair or remove them",
+        )
 
 
 def _digest(

@@ -15,10 +15,9 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from distill.core import printing
 from distill.core.errors import InputError
 from distill.core.text import printable, suggest
-from distill.data import arrayfile, prompts, texttables
+from distill.data import arrayfile, prompts, skipping, texttables
 from distill.data.facts import times
 from distill.data.index import SETTLED
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
@@ -56,14 +55,15 @@ class FoundPrompts:
 
     def refuse(self, spec: PromptsData) -> None:
         """Warns about lines and rows without a usable prompt. Raises InputError if there are too many."""
-        count, limit = self.head.total - len(self.prompts), spec.max_unreadable
-        if not count:
-            return
-        names = ", ".join(map(printable, self.head.skipped)) + (", ..." if count > len(self.head.skipped) else "")
-        what = f"{printable(spec.path)}: {count:,} of {self.head.total:,} prompts cannot be used"
-        if count > limit or not len(self.prompts):
-            raise InputError(f"{what}: {names}; correct or remove them, or increase data.max_unreadable (now {limit})")
-        printing.warn(f"{what} and are skipped: {names}")
+        if count := self.head.total - len(self.prompts):
+            skipping.report(
+                f"{printable(spec.path)}: {count:,} of {self.head.total:,} prompts cannot be used",
+                [printable(each) for each in self.head.skipped],
+                found=count,
+                total=self.head.total,
+                limit=spec.max_unreadable,
+                todo="correct or remove them",
+            )
 
 
 def load(spec: PromptsData, folder: Path | None = None, *, indexed: bool = False) -> FoundPrompts:

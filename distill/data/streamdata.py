@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
-from distill.core import printing
 from distill.core.errors import InputError, RunError
+from distill.data import skipping
 from distill.data.cropping import Cropped, cropped
 from distill.data.decoding import COLOURS, UNREADABLE, covering, decode, header
 from distill.data.images import MAX_PIXELS, SHOWN
@@ -104,17 +104,19 @@ class StreamData:
 
     def _report(self) -> None:
         """Warns about the unusable images found so far. Raises InputError if there are too many."""
-        without, limit = self._usable.unusable, self._options.max_unreadable
-        found = len(without) + len(self._skipped)
+        without = self._usable.unusable
+        found, total = len(without) + len(self._skipped), len(self._index)
         names = [self._rows.name(row) for row in sorted(self._skipped)[:SHOWN]]
         for row in without[: SHOWN - len(names)].tolist():
             names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
-        shown = ", ".join(names) + (", ..." if found > SHOWN else "")
-        count = f"{self.name}: {found} of {len(self._index)} images cannot be used"
-        if found > limit or found == len(self._index):
-            raise InputError(f"{count}: {shown}; remove them, or increase data.max_unreadable (now {limit})")
-        if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
-            printing.warn(f"{count} and are skipped: {shown}")
+        skipping.report(
+            f"{self.name}: {found} of {total} images cannot be used",
+            names,
+            found=found,
+            total=total,
+            limit=self._options.max_unreadable,
+            todo="remove them",
+        )
 
 
 def _digest(index: StreamIndex, options: HfData) -> str:

@@ -43,14 +43,17 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[TableRow]
 
 
 def columns_of(path: Path) -> dict[str, bool]:
-    """The columns of a table, and whether each has texts. For JSON Lines, they are the keys of the first object.
+    """The columns of a table, and whether each has texts. For JSON Lines, they are the keys of the first object, and
+    its null values count as texts if it has no others.
 
     Raises InputError if the file cannot be read as its suffix says.
     """
     match path.suffix.lower():
         case ".jsonl":
             first = next(_json_lines(path), None)
-            return {} if first is None else {key: isinstance(value, str) for key, value in first.values.items()}
+            values = {} if first is None else first.values
+            kind = str if any(isinstance(value, str) for value in values.values()) else type(None)
+            return {key: isinstance(value, kind) for key, value in values.items()}
         case ".csv":
             return dict.fromkeys(_columns_of_csv(path), True)
     return _columns_of_parquet(path)

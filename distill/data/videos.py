@@ -3,18 +3,17 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
-from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.core.text import printable
-from distill.data import captions
+from distill.data import captions, skipping
 from distill.data.cropping import scaled
 from distill.data.decoding import COLOURS, UNREADABLE, covering, decode
 from distill.data.facts import CHUNK, REASONS, TASK, THREADS, State
@@ -191,14 +190,15 @@ class VideoData:
 
     def _report(self) -> None:
         """Warns about the videos that are skipped so far. Raises InputError if there are too many."""
-        found, limit, total = len(self._faults), self._options.max_unreadable, len(self._first)
-        shown = self.unreadable[:SHOWN]
-        count = f"{self.name}: {found} of {total} videos cannot be used"
-        names = ", ".join(shown) + (", ..." if found > SHOWN else "")
-        if found > limit or found == total:
-            raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
-        if get_worker_info() is None:  # a worker tells the main process, see `source.Skipping`
-            printing.warn(f"{count} and are skipped: {names}")
+        found, total = len(self._faults), len(self._first)
+        skipping.report(
+            f"{self.name}: {found} of {total} videos cannot be used",
+            [f"{self._shown(video)}: {why}" for video, why in islice(self._faults.items(), SHOWN)],
+            found=found,
+            total=total,
+            limit=self._options.max_unreadable,
+            todo="repair or remove them",
+        )
 
     @property
     def unreadable(self) -> list[str]:
