@@ -5,9 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from commands import command
 
 from distill.core.errors import InputError, RunError
+from distill.data.arrays import ArrayData
+from distill.data.source import Bucket
+from distill.execution import caching
 from distill.launch import local, queue
 from distill.plans import planning
 from distill.runs import cached, jobs
@@ -234,3 +238,23 @@ def test_caches_that_no_run_uses_are_deleted_after_a_day(tmp_path, capfd):
     assert cached.unused(store) == [new]
     run.stage("cache").caches.write_text("{}")
     assert cached.unused(store) == [], "a run whose caches are not known may need any"
+
+
+def test_too_many_files_are_refused_before_anything_is_encoded():
+    class Many(ArrayData):
+        buckets = (Bucket((3, 8, 8), range(150_000)), Bucket((3, 8, 16), range(0)), Bucket((3, 16, 8), range(150_001)))
+
+        def __len__(self):
+            return 300_001
+
+    data = Many("x", torch.zeros(1, 3, 8, 8), None, None)
+    given = {"learn": {**LEARN, "recipe": "pretrain/flow_matching", "network": {"kind": "unet", "channels": [8]}}}
+    plain = {**IMAGES, "captions": False}
+    found = check({"block": 2, "shard": 2, "prompts_shard": 2}, given, teacher=None, data=plain)
+    with pytest.raises(InputError) as error:
+        caching.check(found, data, None, takes_prompts=False)
+    assert str(error.value) == (
+        "stages.cache.shard: 300,001 images in files of 2 are 150,001 files, more than 100,000; set shard to 4 or more"
+    )
+    caching.check(check({"block": 2, "shard": 4, "prompts_shard": 2}, given, teacher=None, data=plain), data, None,
+                  takes_prompts=False)  # fmt: skip

@@ -66,6 +66,7 @@ class Caching:
         assert isinstance(stage, CacheStage)
         data, prompts = _data(spec, place, indexed=indexed)
         codec, takes_prompts = _encoders(spec)
+        check(resolved, data, prompts, takes_prompts=takes_prompts)
         found, layouts = [], []
         if cacheuse.stores_latents(resolved):
             assert data is not None, "checks.check lets no such stage through"
@@ -79,7 +80,6 @@ class Caching:
             layouts.append(Layout(len(prompts), stage.prompts_shard))
             folder = cached.folder_of("prompts", key)
             found.append(UsedCache("prompts", folder, len(prompts), layouts[-1].files))
-        check(resolved, takes_prompts=takes_prompts)
         return cls(spec, stage, name, store, data, prompts, codec, found, layouts)
 
     def place(self, cache: UsedCache) -> Path:
@@ -259,21 +259,28 @@ def _encoders(spec: RunSpec) -> tuple[Codec, bool]:
     return facts.codec, isinstance(architecture, Convention) and bool(architecture.fields(facts.content))
 
 
-def check(resolved: Resolved, *, takes_prompts: bool) -> None:
-    """InputError if the spec's cache stage, if it has one, has nothing to store, or if text encoders are missing.
+def check(resolved: Resolved, data: DataSet | None, prompts: Prompts | None, *, takes_prompts: bool) -> None:
+    """InputError if the spec's cache stage, if it has one, has nothing to store or too many files, or if text encoders
+    are missing.
 
-    takes_prompts: whether the network of the teacher is conditioned on prompts.
+    data, prompts: of the spec, if it has some. takes_prompts: whether the network of the teacher is conditioned on
+    prompts.
     """
     spec = resolved.spec
     if spec.cache is None:
         return
+    stage, where = spec.stages[spec.cache], f"stages.{spec.cache}"
+    assert isinstance(stage, CacheStage)
+    if data is not None and cacheuse.stores_latents(resolved):
+        counts = tuple(len(each.items) for each in data.buckets or [] if len(each.items))
+        _refuse(layout.excess(Layout(len(data), stage.shard, counts), stage.block, "images", f"{where}.shard"))
     if takes_prompts:
         if cacheuse.may_store_prompts(spec):
             assert isinstance(spec.teacher, CheckpointTeacher)
             encoding.check(spec.teacher)
+            own = Layout(0 if prompts is None else len(prompts), stage.prompts_shard)
+            _refuse(layout.excess(own, stage.block, "prompts", f"{where}.prompts_shard"))
         return
-    stage, where = spec.stages[spec.cache], f"stages.{spec.cache}"
-    assert isinstance(stage, CacheStage)
     if stage.prompts:
         raise InputError(f"{where}.prompts: true given, but the network of the teacher takes no prompts; remove it")
     if not cacheuse.stores_latents(resolved):
@@ -281,3 +288,8 @@ def check(resolved: Resolved, *, takes_prompts: bool) -> None:
             f"{where}: has no effect, because the network of the teacher takes no prompts, and no stage trains on "
             "images; remove it"
         )
+
+
+def _refuse(wrong: str) -> None:
+    if wrong:
+        raise InputError(wrong)

@@ -95,7 +95,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
         texts = load_prompts(spec.data, store)
     prompts = len(texts) if texts is not None and cacheuse.may_store_prompts(spec) else None  # not encoded yet
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU, prompts=prompts)
-    caching.check(resolved, takes_prompts=teacher is not None and isinstance(teacher.given, ConditionTable))
+    takes_prompts = teacher is not None and isinstance(teacher.given, ConditionTable)
+    caching.check(resolved, data, texts, takes_prompts=takes_prompts)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             _check_field(teacher, spec, stage, prompts)

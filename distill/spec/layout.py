@@ -10,6 +10,8 @@ from typing import Protocol
 
 from pydantic import BaseModel, ValidationError
 
+from distill.core.field_types import MAX_SHARDS
+
 MAX_MANIFEST = 256 << 20  # bytes; several times the size that MAX_SHARDS files need
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
@@ -91,6 +93,20 @@ class Layout:
     def _first_files(self) -> list[int]:
         """The first file of each bucket, and the number of all files."""
         return list(accumulate((-(-count // self.shard) for count in self.buckets or (self.count,)), initial=0))
+
+
+def excess(layout: Layout, block: int, items: str, field: str) -> str:
+    """What is wrong if a set has more than MAX_SHARDS files; "" if it has not. block: of which shards hold a multiple.
+
+    items, field: what the set consists of, and the field of the spec that is `layout.shard`, for the message.
+    """
+    if layout.files <= MAX_SHARDS:
+        return ""
+    least = -(-layout.count // (MAX_SHARDS - len(layout.buckets)))
+    return (
+        f"{field}: {layout.count:,} {items} in files of {layout.shard:,} are {layout.files:,} files, more than "
+        f"{MAX_SHARDS:,}; set {field.rpartition('.')[2]} to {-(-least // block) * block} or more"
+    )
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterator
 
 from distill.core.errors import InputError
-from distill.core.field_types import MAX_SHARDS
 from distill.solvers import find_solver
 from distill.spec import guidancespec
 from distill.spec.apportion import rows_by_share
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import AUTO, FITTED, either, inverting_solvers
-from distill.spec.layout import Layout
+from distill.spec.layout import Layout, excess
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
 STEPS_TO_TRY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
@@ -84,14 +83,8 @@ def _outside(times: list[float], steps: int) -> list[float]:
 
 
 def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
-    layout = Layout.of(stage)
-    if layout.files > MAX_SHARDS:
-        least = -(-stage.count // MAX_SHARDS)
-        enough = -(-least // stage.block) * stage.block
-        yield (
-            f"{prefix}shard: {stage.count:,} pairs in files of {stage.shard:,} are {layout.files:,} files, more than "
-            f"{MAX_SHARDS:,}; set shard to {enough} or more, or give a smaller count"
-        )
+    if wrong := excess(Layout.of(stage), stage.block, "pairs", f"{prefix}shard"):
+        yield f"{wrong}, or give a smaller count"
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
