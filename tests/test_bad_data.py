@@ -25,7 +25,7 @@ from distill import data
 from distill.core.errors import InputError
 from distill.data import streams
 from distill.execution import sources
-from distill.spec import dataspec, specfile
+from distill.spec import specfile
 from distill.spec.model import LatentsData
 from distill.teachers import LoadedTeacher
 
@@ -34,7 +34,7 @@ def refusal(section: dict[str, object]) -> str:
     """The message about a section `data` of a spec."""
     with pytest.raises(InputError) as caught:
         spec = specfile.located(specfile.validate({"name": "x", "stages": {}, "data": section}, "spec"), [Path.cwd()])
-        if mistakes := list(dataspec.mistakes(spec.data)):
+        if mistakes := list(spec.data.mistakes()):
             raise InputError(specfile.join("spec", mistakes))
         data.load_data(spec.data, 0)
         data.load_prompts(spec.data)

@@ -13,7 +13,7 @@ from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
 from distill.runs import cached, todo
 from distill.runs.run_store import RunPaths
-from distill.spec import checks, dataspec, schema, specfile
+from distill.spec import checks, schema, specfile
 from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def data(given: str) -> DataSpec:
     """Real data, given as the name of its kind or as YAML."""
     content = yamltext.parse(given, "--data") if is_yaml(given) else {"kind": given}
     found = _part({"data": content}).data
-    if found != dataspec.in_one_size(found):
+    if found.in_buckets:
         raise InputError("--data: buckets have no effect here, because only training uses them; remove them")
-    if not dataspec.has_samples(found):
+    if not found.has_samples:
         raise InputError(f"--data: kind {found.kind} has no images; give data with images")
     return found
 
@@ -127,7 +127,7 @@ def data(given: str) -> DataSpec:
 def _part(content: dict[str, object]) -> RunSpec:
     """A validated spec with a teacher or data only. Its paths are relative to the current folder."""
     spec = specfile.located(specfile.validate({"name": "options", "stages": {}, **content}, "options"), [Path.cwd()])
-    mistakes = [*checks.teacher_mistakes(spec), *dataspec.mistakes(spec.data)]
+    mistakes = [*checks.teacher_mistakes(spec), *spec.data.mistakes()]
     if mistakes:
         raise InputError("\n  ".join(mistakes))
     return spec
@@ -156,7 +156,7 @@ def teacher_of_run(student: Path) -> TeacherSpec | None:
 
 def data_of(student: Path) -> DataSpec:
     """The data in the spec of the student's run, without buckets."""
-    return dataspec.in_one_size(_spec_of(student, "--data")[0].data)
+    return _spec_of(student, "--data")[0].data.in_one_size()
 
 
 def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:

@@ -101,7 +101,7 @@ def create(
     """Create the run of a validated spec, atomically. more: additional files (relative path -> content)."""
     from distill.launch import environment
     from distill.spec import specfile
-    from distill.spec.model import CheckpointTeacher, FileData
+    from distill.spec.model import CheckpointTeacher
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
@@ -111,7 +111,7 @@ def create(
         **_own_recipes(source),
         **(more or {}),
     }
-    if isinstance(source.spec.data, FileData):
+    if source.spec.data.place is not None:
         from distill import data  # imports torch
 
         run_store.make(folder)
@@ -127,9 +127,7 @@ def create(
 
 def say_stream(spec: "distill.spec.model.RunSpec", run: RunPaths | None = None) -> None:
     """Say that the data of a spec is read over the network while it trains, if so. run: has the commit that is read."""
-    from distill.spec import dataspec
-
-    if (place := dataspec.remote(spec.data)) is None:
+    if (place := spec.data.remote) is None:
         return
     commit = None
     if run is not None:

@@ -27,7 +27,7 @@ from distill.runs.progress import Progress
 from distill.shards import remove_records
 from distill.spec import cacheuse, layout
 from distill.spec.layout import Layout
-from distill.spec.model import CacheStage, CheckpointTeacher, ImageOptions, RunSpec, VideosData
+from distill.spec.model import CacheStage, CheckpointTeacher, RunSpec
 from distill.spec.resolved import Resolved
 from distill.spec.samplingspec import STORED_BYTES
 from distill.teachers import checkpoint, conditions, encoder_files, encoding, files
@@ -70,7 +70,7 @@ class Caching:
         found, layouts = [], []
         if cacheuse.stores_latents(resolved):
             assert data is not None, "checks.check lets no such stage through"
-            planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=mirrored(spec))
+            planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=spec.data.is_mirrored)
             layouts.append(planned.layout)
             folder = cached.folder_of("latents", planned.key)
             found.append(UsedCache("latents", folder, planned.layout.count, planned.layout.files))
@@ -113,7 +113,7 @@ class Caching:
                 progress=progress,
                 stop=stop,
                 part=None if whole else part,
-                mirrored=mirrored(self.spec),
+                mirrored=self.spec.data.is_mirrored,
             )
             return
         assert isinstance(self.spec.teacher, CheckpointTeacher) and self.prompts is not None
@@ -205,7 +205,7 @@ def measure(resolved: Resolved, device: torch.device) -> tuple[float, int]:
     (data, prompts), (codec, takes_prompts) = _data(spec, None, indexed=False), _encoders(spec)
     seconds, count = 0.0, 0
     if cacheuse.stores_latents(resolved) and data is not None:
-        planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=mirrored(spec))
+        planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=spec.data.is_mirrored)
         block = range(min(stage.block, len(data)))
 
         def images() -> None:
@@ -238,14 +238,9 @@ def _least(call: Callable[[], object]) -> float:
     return min(times)
 
 
-def mirrored(spec: RunSpec) -> bool:
-    """Whether mirrored images are stored too."""
-    return isinstance(spec.data, ImageOptions | VideosData) and spec.data.flip
-
-
 def _data(spec: RunSpec, place: Path | None, *, indexed: bool) -> tuple[DataSet | None, Prompts | None]:
     """The images of a spec as they are encoded, and its prompts; None where it has none."""
-    options = spec.data.model_copy(update={"flip": False}) if mirrored(spec) else spec.data
+    options = spec.data.model_copy(update={"flip": False}) if spec.data.is_mirrored else spec.data
     data = load_data(options, spec.seed, place, indexed=indexed)
     return data, load_prompts(spec.data, place, indexed=indexed) if data is None else data.prompts
 

@@ -103,7 +103,7 @@ def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], s
 
         commit = commits.get(("teacher", teacher.path, teacher.revision))
         yield by_id.repository(teacher, commit, encoders=cacheuse.may_store_prompts(spec))
-    if isinstance(data, HfData) and data.is_of_hub and not data.stream:
+    if isinstance(data, HfData) and data.is_downloaded:
         from distill.data import tables
 
         yield tables.repository(data, commits.get(("data", data.path, data.revision)))

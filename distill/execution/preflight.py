@@ -24,7 +24,6 @@ from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import cacheuse, pairspec, registry
-from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
@@ -90,9 +89,7 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     if store is not None:
         file_checksums.read(store)
     data = load_data(spec.data, spec.seed, store, keep=False)  # the images are not needed after the checks
-    texts = None if data is None else data.prompts
-    if isinstance(spec.data, PromptsData):
-        texts = load_prompts(spec.data, store)
+    texts = load_prompts(spec.data, store) if data is None else data.prompts
     prompts = len(texts) if texts is not None and cacheuse.may_store_prompts(spec) else None  # not encoded yet
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU, prompts=prompts)
     takes_prompts = teacher is not None and isinstance(teacher.given, ConditionTable)
@@ -111,8 +108,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
         sources.check_labels(spec, teacher, data)
-    if teacher is not None and isinstance(spec.data, PromptsData) and texts is not None:
-        sources.check_prompts(teacher, Path(spec.data.path).name, len(texts))
+    if teacher is not None and data is None and texts is not None:
+        sources.check_prompts(teacher, spec.data.name, len(texts))
     built: dict[str, Built] = {}
     for name, recipe in resolved.recipes.items():
         stage = spec.stages[name]

@@ -25,20 +25,15 @@ from distill.runs.cached import UsedCache
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec import cacheuse
-from distill.spec.dataspec import in_one_size
 from distill.spec.kinds import AUTO, FITTED
 from distill.spec.model import (
     OF_DATA,
     CacheStage,
     CheckpointTeacher,
     EvaluateStage,
-    FileData,
-    HfData,
-    LatentsData,
     PairsStage,
     RunSpec,
     Stage,
-    TarsData,
     TeacherSpec,
     TrainStage,
 )
@@ -96,8 +91,7 @@ def _places(
     run: RunPaths, spec: RunSpec, used: Mapping[cached.What, UsedCache], teacher: TeacherSpec | None
 ) -> dict[str, str]:
     places: dict[str, str] = {what: str(cache.place(run.root.parent)) for what, cache in used.items()}
-    data = spec.data.path if isinstance(spec.data, FileData) else spec.data.kind
-    places["data"] = places.get("latents", data)
+    places["data"] = places.get("latents", spec.data.place or spec.data.kind)
     if teacher is not None:
         places["teacher"] = teacher.path if isinstance(teacher, CheckpointTeacher) else teacher.kind
     return places
@@ -112,7 +106,7 @@ def _data(
     """
     spec, used = resolved.spec, cached.of_run(run, resolved.spec).get("latents")
     if used is None or not cacheuse.reads_latents(resolved, name):
-        read = spec.data if isinstance(spec.stages[name], TrainStage) else in_one_size(spec.data)
+        read = spec.data if isinstance(spec.stages[name], TrainStage) else spec.data.in_one_size()
         return load_data(read, spec.seed, run.root if indexed else run.root.parent, indexed=indexed)
     digest = None if teacher is None else teacher.codec.digest
     found = caches.open_latents(used.place(run.root.parent), spec.seed, codec_digest=digest)
@@ -216,7 +210,7 @@ def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
             "remove the setting that reads them from data, or give a teacher that takes prompts"
         )
     elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
-    given = {HfData: "label_column", TarsData: "label_key", LatentsData: "labels"}.get(type(spec.data))
+    given = spec.data.label_field
     if given is not None and _left_out(teacher, data) and not elsewhere:
         raise InputError(
             f"data.{given}={getattr(spec.data, given)} has no effect: the teacher ({teacher.description}) is "

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.spec import evalspec, overrides, specfile
-from distill.spec.dataspec import has_samples
 from distill.spec.kinds import AUTO, FITTED, inverting_solvers, is_reference
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.overrides import Override
@@ -178,7 +177,7 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
         )
     inexact = not resolved.spec.has_exact_teacher  # an exact teacher can draw real samples itself
     lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
-    for option in [name for name, is_lacking in lacking.items() if is_lacking and not has_samples(spec.data)]:
+    for option in [name for name, is_lacking in lacking.items() if is_lacking and not spec.data.has_samples]:
         raise InputError(
             f"{option} needs real data, but spec '{spec.name}' has none; add data, e.g. data={{kind: digits}}, "
             f"or remove {option}"

@@ -14,7 +14,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.printing import warn
 from distill.runs import todo
 from distill.runs.run_store import RunPaths, runs
-from distill.spec.model import CheckpointTeacher, FileData, RunSpec
+from distill.spec.model import CheckpointTeacher, RunSpec
 
 What = Literal["latents", "prompts"]
 FOLDER = "caches"  # in the store
@@ -130,8 +130,7 @@ def _folders(run: RunPaths) -> set[str]:
     noting = [name for name in stages if run.stage(name).caches.exists()]
     found = {each.folder for name in noting for each in noted(run, name) or []}
     spec, ours = todo.load_spec(run), (run.root.parent / FOLDER).resolve()
-    named = [spec.teacher.conditions] if isinstance(spec.teacher, CheckpointTeacher) else []
-    named += [spec.data.path] if isinstance(spec.data, FileData) else []
+    named = [spec.data.place, spec.teacher.conditions if isinstance(spec.teacher, CheckpointTeacher) else None]
     places = [Path(each).resolve() for each in named if each is not None]
     return found | {f"{FOLDER}/{each.relative_to(ours).parts[0]}" for each in places if ours in each.parents}
 

@@ -3,31 +3,15 @@
 from collections.abc import Iterator
 
 from distill.spec import cachespec
-from distill.spec.dataspec import has_captions
 from distill.spec.model import (
     OF_DATA,
     CacheStage,
     CheckpointTeacher,
-    DataSpec,
-    DigitsData,
-    ImageOptions,
-    MnistData,
-    NoData,
     PairsStage,
     RunSpec,
     TrainStage,
-    VideosData,
 )
 from distill.spec.resolved import Resolved
-
-IN_MEMORY = (DigitsData, MnistData)
-ENCODED = ("latents",)  # kinds of data whose samples are encoded already
-WITHOUT_IMAGES = ("none", "prompts")
-
-
-def has_prompts(data: DataSpec) -> bool:
-    """Whether the labels of the data are prompts."""
-    return data.kind == "prompts" or has_captions(data)
 
 
 def reads_latents(found: Resolved, name: str) -> bool:
@@ -43,7 +27,7 @@ def reads_latents(found: Resolved, name: str) -> bool:
 
 def stores_latents(found: Resolved) -> bool:
     """Whether the cache stage stores images."""
-    return _cache(found.spec) is not None and _has_images(found.spec) and _readers(found)
+    return _cache(found.spec) is not None and found.spec.data.has_images and _readers(found)
 
 
 def may_store_prompts(spec: RunSpec) -> bool:
@@ -51,15 +35,11 @@ def may_store_prompts(spec: RunSpec) -> bool:
     stage, teacher = _cache(spec), spec.teacher
     if stage is None or stage.prompts is False or not isinstance(teacher, CheckpointTeacher):
         return False
-    return teacher.conditions is None and has_prompts(spec.data)
+    return teacher.conditions is None and spec.data.has_prompts
 
 
 def _cache(spec: RunSpec) -> CacheStage | None:
     return next((stage for stage in spec.stages.values() if isinstance(stage, CacheStage)), None)
-
-
-def _has_images(spec: RunSpec) -> bool:
-    return spec.data.kind not in (*WITHOUT_IMAGES, *ENCODED)
 
 
 def _readers(found: Resolved) -> bool:
@@ -75,13 +55,13 @@ def mistakes(found: Resolved, name: str, stage: CacheStage) -> Iterator[str]:
         return
     if (first := next(iter(spec.stages))) != name:
         yield f"{where}: must come before '{first}', because other stages read what it stores; move it to the front"
-    if isinstance(spec.data, NoData):
+    if not spec.data.has_samples and not spec.data.has_prompts:
         yield (
             f"{where}: a cache needs data with images or prompts, but the spec has none; e.g. data: {{kind: images, "
             "path: IMAGES, size: 512, captions: true}"
         )
         return
-    if isinstance(spec.data, IN_MEMORY):
+    if spec.data.has_samples and spec.data.place is None:
         yield f"{where}: data of kind {spec.data.kind} is kept in memory, so a cache has no effect; remove this stage"
         return
     yield from _prompts(spec, stage, where)
@@ -112,7 +92,7 @@ def _prompts(spec: RunSpec, stage: CacheStage, where: str) -> Iterator[str]:
             f"{where}.prompts: true given, but teacher.conditions={teacher.conditions} has the embeddings already; "
             "remove one of both"
         )
-    elif not has_prompts(spec.data):
+    elif not spec.data.has_prompts:
         yield (
             f"{where}.prompts: true given, but the data has no prompts; e.g. data: {{kind: images, path: IMAGES, "
             "size: 512, captions: true}"
@@ -121,15 +101,15 @@ def _prompts(spec: RunSpec, stage: CacheStage, where: str) -> Iterator[str]:
 
 def _latents(found: Resolved, stage: CacheStage, where: str) -> Iterator[str]:
     data = found.spec.data
-    if stage.latents is not None and not _has_images(found.spec):
-        why = "is encoded already" if data.kind in ENCODED else "has no images"
+    if stage.latents is not None and not data.has_images:
+        why = "is encoded already" if data.is_encoded else "has no images"
         yield f"{where}.latents: {stage.latents} given, but data of kind {data.kind} {why}; remove it"
     elif stage.latents is not None and not _readers(found):
         yield (
             f"{where}.latents: {stage.latents} given, but no stage trains on images, and evaluations read the images "
             "themselves; remove it"
         )
-    if isinstance(data, ImageOptions | VideosData) and data.crop == "random" and stores_latents(found):
+    if data.crops_randomly and stores_latents(found):
         yield (
             f"{where}: data.crop=random does not work with a cache, which stores one crop of each image; use crop: "
             "center, or remove this stage"

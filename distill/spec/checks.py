@@ -12,9 +12,7 @@ from distill.solvers import find_solver
 from distill.spec import (
     cacheuse,
     clusterspec,
-    dataspec,
     guidancespec,
-    imagefolder,
     launchspec,
     pairspec,
     resolved,
@@ -30,17 +28,12 @@ from distill.spec.model import (
     CheckpointTeacher,
     EvaluateStage,
     GaussianTeacher,
-    HfData,
-    ImagesData,
-    LatentsData,
     MixtureTeacher,
     NetworkStage,
     PairsStage,
     RunSpec,
     Stage,
-    TarsData,
     TrainStage,
-    VideosData,
     is_path,
 )
 from distill.spec.resolved import Resolved, ResolvedRecipe
@@ -67,7 +60,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run needs at least one stage"
     yield from teacher_mistakes(spec)
-    yield from dataspec.mistakes(spec.data)
+    yield from spec.data.mistakes()
     yield from launchspec.mistakes(spec)
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
@@ -103,7 +96,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         yield "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it"
     if spec.teacher is not None and "teacher" not in used:
         yield "teacher: no stage uses it, so it has no effect; remove it"
-    yield from dataspec.unused(spec.data, "data" in used, loaded)
+    yield from spec.data.unused("data" in used, loaded)
     if "data" in used:
         yield from trainspec.buckets(found)
 
@@ -165,8 +158,8 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         local = expanded(teacher.path)
         if not local.exists() and not teacher.is_of_hub:
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
-    if size and dataspec.has_samples(spec.data):
-        has = "latents" if isinstance(spec.data, LatentsData) else "images"
+    if size and spec.data.has_samples:
+        has = "latents" if spec.data.is_encoded else "images"
         yield (
             f"data: kind {spec.data.kind} has {has}, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
             f"vectors of {size}; use data: {{kind: none}} or another teacher"
@@ -232,7 +225,7 @@ def _guidance(found: Resolved, stage: NetworkStage, settings: FieldSettings, whe
             f"{given} the student of '{stage.teacher}' has no unconditional prediction, because it was trained only "
             "on its teacher's outputs; use 1, or a teacher trained on data"
         )
-    elif teacher.network is not None and not _has_classes(found.spec):
+    elif teacher.network is not None and not found.spec.data.has_classes:
         yield (
             f"{given} the data has no classes, so the student of '{stage.teacher}' has no separate unconditional "
             "prediction; use 1, or labelled data"
@@ -253,19 +246,6 @@ def _weak(found: Resolved, stage: NetworkStage, settings: FieldSettings, where: 
         yield f"{where}.{WEAK}_path: there is no folder {path}; give a checkpoint's folder"
 
 
-def _has_classes(spec: RunSpec) -> bool:
-    data = spec.data
-    if isinstance(data, ImagesData):
-        return not data.captions and (not data.folder.is_dir() or imagefolder.has_classes(data.folder))
-    if isinstance(data, TarsData):
-        return data.label_key is not None
-    if isinstance(data, LatentsData):
-        return data.labels is not None
-    if isinstance(data, VideosData):
-        return False
-    return data.label_column is not None if isinstance(data, HfData) else dataspec.has_samples(data)
-
-
 def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) -> Iterator[str]:
     spec, recipe, needs = found.spec, stage.recipe, own.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
@@ -273,12 +253,12 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
             f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; "
             "use 0, 1 or 2"
         )
-    if "data" in needs and not dataspec.has_samples(spec.data):
+    if "data" in needs and not spec.data.has_samples:
         vectors = "teacher" in needs and found.has_exact_teacher(stage)
         hint = (
             "the teacher makes vectors, for which there is no data; use reflow/reflow"
             if vectors
-            else f"the spec has {'none' if spec.data.kind == 'none' else 'only prompts'}; e.g. data: {{kind: digits}}"
+            else f"the spec has {'only prompts' if spec.data.has_prompts else 'none'}; e.g. data: {{kind: digits}}"
         )
         yield f"{where}: {recipe} needs data, but {hint}"
     if "pairs" in needs and not stage.pair_shares:
@@ -308,7 +288,7 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
             f"{where}.network: {recipe} starts from trained weights, which a new network does not have; remove it, and "
             "give init (an earlier train stage)"
         )
-    if stage.network is not None and "data" in needs and "teacher" not in needs and dataspec.has_captions(spec.data):
+    if stage.network is not None and "data" in needs and "teacher" not in needs and spec.data.has_captions:
         yield (
             f"{where}.network: a new network takes class labels, but no captions; remove the captions from data, or "
             "start from a network that takes prompts (init)"
@@ -322,7 +302,7 @@ def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
     spec = found.spec
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    known = found.spec.has_exact_teacher or dataspec.has_samples(spec.data)
+    known = found.spec.has_exact_teacher or spec.data.has_samples
     if stage.paths in OF_DATA and not known:
         yield f"{where}.paths: {stage.paths} needs real data, but the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")

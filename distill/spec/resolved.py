@@ -10,13 +10,11 @@ from types import ModuleType
 
 from distill.core.errors import InputError
 from distill.spec import registry, schema, specfile
-from distill.spec.dataspec import PromptsData
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
     CacheStage,
     EvaluateStage,
-    FileData,
     NetworkStage,
     RunSpec,
     Stage,
@@ -107,8 +105,8 @@ class Resolved:
 
     def reads_images(self, name: str) -> bool:
         """Whether a stage reads data in files, which have an index, or prompts, which its teacher takes."""
-        data, needs = self.spec.data, self.needs(name)
-        return isinstance(data, FileData) and ("teacher" if isinstance(data, PromptsData) else "data") in needs
+        data = self.spec.data
+        return data.place is not None and ("data" if data.has_samples else "teacher") in self.needs(name)
 
 
 def resolve(spec: RunSpec, base: Path) -> Resolved:

@@ -15,11 +15,8 @@ from distill.spec import overrides, schema
 from distill.spec.model import (
     CacheStage,
     CheckpointTeacher,
-    FileData,
-    LatentsData,
     RunSpec,
     Stage,
-    TarsData,
     TrainStage,
 )
 from distill.spec.overrides import Override
@@ -162,20 +159,12 @@ def absolute(path: str, folders: Sequence[Path]) -> str:
 
 def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
     """The spec with paths that exist in one of `folders` made absolute, since a run may be resumed from any folder."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, Any] = {"data": spec.data.located(lambda path: absolute(path, folders))}
     if isinstance(spec.teacher, CheckpointTeacher):
         named = {"path", "scheduler", "conditions", "vae", "config", "lora"}
         paths = spec.teacher.model_dump(include=named, exclude_none=True)
         update = {name: absolute(path, folders) for name, path in paths.items()}
         changed["teacher"] = spec.teacher.model_copy(update=update)
-    if isinstance(spec.data, TarsData) and (pattern := spec.data.pattern) is not None:
-        path = f"{absolute(spec.data.folder or '.', folders).rstrip('/')}/{pattern}"
-        changed["data"] = spec.data.model_copy(update={"path": path})
-    elif isinstance(spec.data, FileData):
-        update = {"path": absolute(spec.data.path, folders)}
-        if isinstance(spec.data, LatentsData) and (labels := spec.data.label_file) is not None:
-            update["labels"] = absolute(labels, folders)
-        changed["data"] = spec.data.model_copy(update=update)
     changed["stages"] = {name: _located_stage(stage, folders) for name, stage in spec.stages.items()}
     return spec.model_copy(update=changed)
 

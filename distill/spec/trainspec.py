@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 
 from distill.spec.model import (
-    ImageOptions,
     MlpSpec,
     PairsStage,
     RunSpec,
     TrainStage,
     UNetSpec,
-    VideosData,
 )
 from distill.spec.resolved import Resolved
 
@@ -29,10 +27,8 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
     if stage.dropout is not None:
         yield f"{where}: the stage's dropout has no effect on a new network; remove it, or set network.dropout"
     spec, vectors = found.spec, found.has_exact_teacher(stage)
-    sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
-    if isinstance(spec.data, ImageOptions):
-        sides = list(dict.fromkeys(side for size in spec.data.sizes for side in size))
-    if isinstance(spec.data, VideosData):
+    sides = spec.data.side_lengths
+    if spec.data.has_videos:
         yield f"{where}: a new network is for images or vectors, but the data has videos; start from a teacher"
         return
     if (size := parameters(network)) > MAX_PARAMETERS:
@@ -58,8 +54,7 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
 
 def buckets(found: Resolved) -> Iterator[str]:
     """The mistakes in data.buckets: they apply to training on data, and everything else has one size."""
-    data = found.spec.data
-    if not isinstance(data, ImageOptions) or data.buckets is None:
+    if not found.spec.data.in_buckets:
         return
     reads = {name: stage for name, stage in found.spec.stages.items() if "data" in found.uses(name)}
     pairs = [name for name, stage in reads.items() if isinstance(stage, PairsStage)]
