@@ -138,3 +138,11 @@ def test_a_first_object_whose_prompt_is_null_does_not_hide_the_others(tmp_path, 
     assert (
         capfd.readouterr().err == f"warning: {path}: 1 of 2 prompts cannot be used and are skipped: line 1: no prompt\n"
     )
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet"])
+def test_a_fifo_is_refused_instead_of_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError) as error:
+        data.load_prompts(spec(tmp_path / name))
+    assert str(error.value) == f"{tmp_path / name} cannot be read: it is a FIFO, not a file"

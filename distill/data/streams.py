@@ -26,6 +26,7 @@ from pyarrow import parquet
 from distill import hub
 from distill.core import printing
 from distill.core.errors import InputError
+from distill.core.regular_files import open_regular
 from distill.core.text import printable, suggest
 from distill.data import streamindex
 from distill.data.facts import THREADS
@@ -101,7 +102,7 @@ class StreamFiles:
     def open(self, name: str, size: int) -> Any:
         """Opens a file for reading in any order, without a request."""
         if self.commit is None and "://" not in name:
-            return Path(name).open("rb")
+            return open_regular(Path(name), follow=True)
         if self.commit is None:
             system, place = url_to_fs(name)
             return system.open(place, "rb", size=size, cache_type="none")

@@ -135,9 +135,13 @@ def _columns_of_csv(path: Path) -> list[str]:
 
 @contextmanager
 def _readable_parquet(path: Path) -> Iterator[None]:
-    """Context manager: converts errors of pyarrow to an InputError."""
+    """Context manager: converts errors of pyarrow to an InputError. Raises one for anything but a regular file."""
     import pyarrow as pa
 
+    try:
+        open_regular(path, follow=True).close()  # a FIFO would block
+    except OSError as error:
+        raise InputError(f"{printable(str(path))} cannot be read: {error.strerror}") from error
     try:
         yield
     except (OSError, pa.ArrowException) as error:
