@@ -400,6 +400,17 @@ def test_an_index_with_wrong_arrays_is_made_again(tmp_path, monkeypatch):
     assert index.read(place) is not None
 
 
+def test_an_image_beyond_the_end_of_its_tar_takes_no_memory(tmp_path):
+    size = write(tmp_path / "a.tar", sample("0", 0)).stat().st_size
+    names = rows.FileNames.of([b"a.tar"])
+    for member in ([0, 2**62], [2**62, 2**62], [size, 1], [1, size]):
+        found = rows.TarRows(tmp_path, names, np.array([1]), np.array([member]), names)
+        with pytest.raises(OSError, match="it ends before the end of this image"):
+            found.read(0)
+    whole = rows.TarRows(tmp_path, names, np.array([1]), np.array([[0, size]]), names)
+    assert whole.read(0).content == (tmp_path / "a.tar").read_bytes()
+
+
 def _child(chosen: TarsData, run: Path, queue) -> None:
     queue.put(values(data.load_data(chosen, 0, run, indexed=True, keep=False)).numpy())
 

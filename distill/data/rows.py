@@ -144,12 +144,15 @@ class TarRows:
         """Reads the image. Raises OSError if the tar cannot be read."""
         path, (offset, size) = self._tar(row), self.members[row].tolist()
         file = _OPEN.get(path)
-        found, content = os.fstat(file.fileno()), bytearray()
+        found, content = os.fstat(file.fileno()), b""
         while len(content) < size:
-            if not (block := os.pread(file.fileno(), size - len(content), offset + len(content))):
+            # An index of others may give any size, for which no memory must be reserved.
+            is_inside = offset + size <= found.st_size
+            block = os.pread(file.fileno(), size - len(content), offset + len(content)) if is_inside else b""
+            if not block:
                 raise OSError(errno.ENODATA, "it ends before the end of this image", path)
             content += block
-        return Encoded(bytes(content), found)
+        return Encoded(content, found)
 
     def _tar(self, row: int) -> str:
         return str(self.root / self.tars[int(np.searchsorted(self.stops, row, "right"))])
@@ -177,7 +180,7 @@ class _OpenFiles:
         file = open_regular(Path(path), follow=True)
         with self._lock:
             self._files[path] = file
-            if len(self._files) > MAX_OPEN:
+            while len(self._files) > MAX_OPEN:
                 self._files.popitem(last=False)
         return file
 
