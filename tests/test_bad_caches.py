@@ -203,6 +203,11 @@ CACHES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: planned(codec(), latents="pixels"),
         "latents: pixels given, but the teacher works on latents; valid: moments, sample, mean",
     ),
+    "a data type of pixels": (
+        lambda: planned(PIXELS, dtype="float16"),
+        "dtype: float16 given, but it has no effect: the teacher works on pixels, which are stored as uint8, and the "
+        "data has no prompts; remove it",
+    ),
     "latents for a teacher without an autoencoder": (
         lambda: planned(PIXELS, latents="mean"),
         "latents: mean given, but the teacher works on pixels and has no autoencoder; valid: pixels",

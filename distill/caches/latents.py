@@ -39,6 +39,11 @@ def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored:
             f"data '{data.name}' has latents already, so there is nothing to encode; remove the cache stage"
         )
     latents = _latents(stage, codec)
+    if latents == "pixels" and data.prompts is None and stage.dtype != "float32":
+        raise InputError(
+            f"dtype: {stage.dtype} given, but it has no effect: the teacher works on pixels, which are stored as "
+            "uint8, and the data has no prompts; remove it"
+        )
     return LatentManifest(
         data=one_line(data.name, 1000),
         data_digest=data.digest,
