@@ -465,6 +465,16 @@ def test_what_all_refuse_is_said_once(parent):
     assert one.end() == (2, "refused\n")
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("apart", [False, True])
+def test_processes_that_do_not_work_together_are_not_ended_when_one_is_done(tmp_path, monkeypatch, apart):
+    monkeypatch.setattr(ranks, "STOPPING", 0.1)
+    run = make_run(tmp_path)
+    envs = [{"PATH": os.environ["PATH"], "SECONDS": text, "FILE": str(tmp_path / text)} for text in ("0.7", "0")]
+    ranks.run(run, ["sh", "-c", "sleep $SECONDS; : > $FILE"], 0, envs, ranks.Relay(), apart=apart)
+    assert [(tmp_path / text).exists() for text in ("0", "0.7")] == [True, apart]
+
+
 # --- what cannot be started ---
 
 

@@ -146,7 +146,7 @@ def _make(
     threads = launch.threads or max(1, environment.threads() // launch.procs)
     with tempfile.TemporaryDirectory(prefix="distill-") as logs:
         code = local.run_ranks(
-            Path(logs), "distill", "cache", *arguments, size=launch.procs, threads=threads, ending=ENDING
+            Path(logs), "distill", "cache", *arguments, size=launch.procs, threads=threads, ending=ENDING, apart=True
         )
     if code:
         raise typer.Exit(code)

@@ -124,8 +124,7 @@ def _cache(work: Work) -> dict[str, object]:
             world.wait(f"{cache.what} of the cache", partial(work.stop.raise_if_requested, "its part of the cache"))
     if work.part:
         return {}
-    if world.first:
-        made.tidy()
+    world.alone("removing the records of shards", made.tidy)
     return cached.as_json([made.finished(cache) for cache in made.planned])
 
 

@@ -46,15 +46,21 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
 
 
 def run_ranks(
-    folder: Path, module: str, *arguments: str, size: int, threads: int = 1, ending: str = ranks.MEASURED
+    folder: Path,
+    module: str,
+    *arguments: str,
+    size: int,
+    threads: int = 1,
+    ending: str = ranks.MEASURED,
+    apart: bool = False,
 ) -> int:
     """Run `python -m module ARGUMENTS --lifeline N` in `size` ranks; returns the exit code.
 
-    folder: for their logs. threads: of each rank. ending: of messages about a stop or a failure.
+    folder: for their logs. threads: of each rank. ending, apart: see `ranks.run`.
     """
     with ranks.Relay() as relay:
         envs = _of_ranks(_own(folder, threads), size)
-        return _run(RunPaths(folder), [module, *arguments], envs, relay, ending=ending)
+        return _run(RunPaths(folder), [module, *arguments], envs, relay, ending=ending, apart=apart)
 
 
 def _run(
@@ -64,11 +70,12 @@ def _run(
     relay: ranks.Relay,
     *,
     ending: str | None = None,
+    apart: bool = False,
 ) -> int:
     theirs, ours = os.pipe()  # this process keeps the write end open, and never writes to it
     try:
         python = [sys.executable, "-P", "-m", *command, "--lifeline", str(theirs)]
-        return ranks.run(run, python, theirs, envs, relay, ending=ending)
+        return ranks.run(run, python, theirs, envs, relay, ending=ending, apart=apart)
     finally:
         os.close(ours)
         os.close(theirs)

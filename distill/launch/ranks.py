@@ -92,6 +92,7 @@ def run(
     relay: Relay,
     *,
     ending: str | None = None,
+    apart: bool = False,
 ) -> int:
     """Run a command in one process for each of `envs`, wait for all, and return the exit code.
 
@@ -99,7 +100,8 @@ def run(
     the other ranks goes to logs. Raises RunError if a process cannot be started or a log cannot be written.
 
     lifeline: an open file descriptor that the processes inherit, see `local.watch`. ending: of messages about a stop or
-    a failure, if the run is temporary; None: how to resume it.
+    a failure, if the run is temporary; None: how to resume it. apart: the processes do not work together, so that one
+    that is done says nothing about the others.
     """
     logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
     relay.processes = []
@@ -110,7 +112,7 @@ def run(
         for process in relay.processes:
             process.kill()
         raise RunError(f"cannot start a process: {error.strerror}; what was saved is intact") from error
-    ended = _wait(relay)
+    ended = _wait(relay, apart=apart)
     # A process that was killed by a forwarded signal had no handler yet. It counts as stopped.
     meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
     # The first rank with the lowest weight. If all refuse the input, it is rank 0, which has printed the reason.
@@ -160,8 +162,11 @@ def _start(command: Sequence[str], env: Mapping[str, str], lifeline: int, log: L
         return subprocess.Popen(command, env=env, pass_fds=[lifeline], stdout=out, stderr=subprocess.STDOUT)
 
 
-def _wait(relay: Relay) -> dict[int, int]:
-    """Rank -> exit code, in the order in which the ranks ended, without those that had to be killed."""
+def _wait(relay: Relay, *, apart: bool) -> dict[int, int]:
+    """Rank -> exit code, in the order in which the ranks ended, without those that had to be killed.
+
+    They are killed if they do not end soon after another one; but see `run` for apart.
+    """
     ended: dict[int, int] = {}
     deadline = inf
     while len(ended) < len(relay.processes):
@@ -169,7 +174,8 @@ def _wait(relay: Relay) -> dict[int, int]:
             code = process.poll()
             if code is not None and rank not in ended:
                 ended[rank] = code
-                deadline = min(deadline, time.monotonic() + _patience(code))
+                if code or not apart:
+                    deadline = min(deadline, time.monotonic() + _patience(code))
         if time.monotonic() > deadline:
             for process in relay.processes:
                 process.kill()
