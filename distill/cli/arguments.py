@@ -119,7 +119,7 @@ def data(given: str) -> DataSpec:
     found = _part({"data": content}).data
     if found.in_buckets:
         raise InputError("--data: buckets have no effect here, because only training uses them; remove them")
-    if not found.has_samples:
+    if not found.has_samples and found.kind != "none":
         raise InputError(f"--data: kind {found.kind} has no images; give data with images")
     return found
 
