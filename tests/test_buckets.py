@@ -21,7 +21,7 @@ from distill import data
 from distill.cli import arguments
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
-from distill.data import DataSource
+from distill.data import DataSource, indexed
 from distill.data.aspects import nearest
 from distill.execution import preflight, sources, stages
 from distill.flow.draws import Rows
@@ -45,8 +45,8 @@ SDXL = [
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(data, "_INDEXES", {})
-    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
 
 
 def images(path: Path, **fields) -> ImagesData:

@@ -12,7 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from distill import data
-from distill.data import captions, index, overview
+from distill.data import captions, indexed, overview
 from distill.execution.batches import CollatedBatches
 from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.flow.draws import Rows
@@ -26,8 +26,8 @@ TEXTS = ['a cat, "sitting"', "a dog", "Grüße 猫", "a dog"]
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(data, "_INDEXES", {})
-    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
@@ -93,11 +93,11 @@ def test_a_changed_caption_changes_the_digest_and_only_that_file_is_read_again(t
     first = data.load_data(chosen, 0, tmp_path / "store")
     assert sorted(read) == sorted((tmp_path / "set" / name).with_suffix(".txt") for name in NAMES)
     read.clear()
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     assert data.load_data(chosen, 0, tmp_path / "store").digest == first.digest and read == []
     changed = tmp_path / "set" / "b.txt"
     changed.write_text("a cow")
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     second = data.load_data(chosen, 0, tmp_path / "store")
     assert (read, second.digest == first.digest) == ([changed], False)
     assert seen(second) == [*EXPECTED[:1], (10, "a cow"), *EXPECTED[2:]]
@@ -117,8 +117,8 @@ def test_captions_of_a_split(tmp_path):
     images(tmp_path / "val")
     assert seen(data.load_data(spec(tmp_path, split="train"), 0)) == EXPECTED
     plain = ImagesData(kind="images", path=str(tmp_path / "train"), size=4)
-    assert index.path(tmp_path, spec(tmp_path / "train")) == index.path(tmp_path, spec(tmp_path, split="train"))
-    assert index.path(tmp_path, plain) != index.path(tmp_path, spec(tmp_path / "train"))
+    assert spec(tmp_path / "train").index_file == spec(tmp_path, split="train").index_file
+    assert plain.index_file != spec(tmp_path / "train").index_file
 
 
 def test_images_without_captions_are_skipped_and_those_that_get_one_are_read(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_images_without_captions_are_skipped_and_those_that_get_one_are_read(tmp
     data.update_index(chosen, tmp_path)
     assert seen(data.load_data(chosen, 0, tmp_path)) == [EXPECTED[0], *EXPECTED[2:]]
     (root / "b.txt").write_text("a dog")
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     assert seen(data.load_data(chosen, 0, tmp_path)) == EXPECTED
 
 
@@ -142,7 +142,7 @@ def test_captions_of_a_column(tmp_path, monkeypatch):
     first = data.load_data(chosen, 0, tmp_path)
     assert seen(first) == EXPECTED
     assert first.digest == data.load_data(spec(beside(tmp_path / "set")), 0).digest
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     monkeypatch.delattr("distill.data.tables._captions")  # they come from the index
     assert data.load_data(chosen, 0, tmp_path).digest == first.digest
 

@@ -1,9 +1,11 @@
 """Real data: conversion of images, a stream that is the same for any number of processes, and what is refused."""
 
+import importlib
 import io
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
@@ -18,7 +20,7 @@ from distill.data.arrays import ArrayData, read_mnist
 from distill.data.images import ImageData
 from distill.data.tables import TableRows
 from distill.flow.draws import Rows
-from distill.spec.model import DigitsData, HfData, ImagesData, MnistData, NoData
+from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistData, NoData
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,19 @@ def refused(spec, *parts: str) -> None:
 
 def refused_folder(path: Path, *parts: str, **fields) -> None:
     refused(ImagesData(kind="images", path=str(path), **{"size": 8, **fields}), *parts)
+
+
+def test_each_kind_of_data_has_a_loader():
+    kinds = set(get_args(get_args(DataSpec)[0]))
+    assert {NoData, *data.MODULES} == kinds
+    for name in {*data.MODULES.values(), data.STREAMED}:
+        assert isinstance(importlib.import_module(f"distill.data.{name}").LOADER, data.KindLoader), name
+    assert data.loader_of(NoData(kind="none")) is None
+    streamed = HfData(kind="hf", path="org/name", size=8, stream=True)
+    assert [isinstance(data.loader_of(each), data.StreamLoader) for each in (streamed, MnistData(kind="mnist"))] == [
+        True,
+        False,
+    ]
 
 
 # --- the stream ---

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from distill import data
 from distill.core.errors import InputError, RunError
-from distill.data import decoding, index
+from distill.data import decoding, index, indexed
 from distill.data.arrays import ArrayData
 from distill.data.images import ImageData
 from distill.data.index import State
@@ -32,8 +32,8 @@ BYTES = SIDE * SIDE * 3  # about those of a picture of noise as PNG
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(data, "_INDEXES", {})
-    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
@@ -57,7 +57,7 @@ def images(path: Path, **fields) -> ImagesData:
 
 
 def kept(store: Path, spec: ImagesData | HfData) -> index.ImageIndex:
-    found = index.read(index.path(store, spec))
+    found = index.read(store / spec.index_file)
     assert found is not None
     return found
 
@@ -69,7 +69,7 @@ def bytes_read() -> int:
 
 def again(spec: ImagesData | HfData, store: Path, monkeypatch) -> int:
     """Bytes read by a new process that looks whether an index is that of the images as they are."""
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     before = bytes_read()
     data.update_index(spec, store)
     return bytes_read() - before
@@ -153,7 +153,7 @@ def test_a_file_written_as_it_was_indexed_is_not_trusted(tmp_path, monkeypatch):
 def test_a_damaged_index_is_made_again(tmp_path, damage):
     spec = images(folder(tmp_path / "set"))
     data.update_index(spec, tmp_path)
-    path = index.path(tmp_path, spec)
+    path = tmp_path / spec.index_file
     whole, arrays = path.read_bytes(), load_file(path)
     head = {"format": 2, "num_classes": 2, "stamp": "", "written": 0}
     match damage:
@@ -184,16 +184,16 @@ def test_a_run_keeps_its_own_index(tmp_path, monkeypatch):
     spec = images(root)
     run.mkdir(parents=True)
     data.update_index(spec, store, run)
-    before = index.path(run, spec).stat()
+    before = (run / spec.index_file).stat()
     first = data.load_data(spec, 0, run, indexed=True)
     (root / "b" / "1.png").unlink()
     again(spec, store, monkeypatch)
     assert len(kept(store, spec)) == 7
     later = data.load_data(spec, 0, run, keep=False, indexed=True)
     assert (later.digest, len(later)) == (first.digest, 8)
-    assert index.path(run, spec).stat() == before
-    monkeypatch.setattr(data, "_INDEXES", {})
-    index.path(store, spec).unlink()
+    assert (run / spec.index_file).stat() == before
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    (store / spec.index_file).unlink()
     data.update_index(spec, store, run)  # the run goes on: then its index is of the images as they are now
     assert len(kept(run, spec)) == len(kept(store, spec)) == 7
 
@@ -202,20 +202,20 @@ def test_a_run_that_goes_on_keeps_an_index_that_is_still_right(tmp_path, monkeyp
     spec, store, run = images(folder(tmp_path / "set")), tmp_path / "runs", tmp_path / "runs" / "r"
     run.mkdir(parents=True)
     data.update_index(spec, store, run)
-    before = index.path(run, spec).stat()
+    before = (run / spec.index_file).stat()
     for damage in (lambda path: path.write_bytes(b""), Path.unlink):
-        damage(index.path(store, spec))
-        monkeypatch.setattr(data, "_INDEXES", {})
+        damage(store / spec.index_file)
+        monkeypatch.setattr(indexed, "_INDEXES", {})
         read = bytes_read()
         data.update_index(spec, store, run)
         assert bytes_read() - read < BYTES
-        assert index.path(run, spec).stat() == before
+        assert (run / spec.index_file).stat() == before
 
 
 def test_a_fifo_or_a_link_in_the_store_is_no_index_and_waits_for_nobody(tmp_path):
     spec = images(folder(tmp_path / "set"))
     data.update_index(spec, tmp_path)
-    path, count = index.path(tmp_path, spec), len(kept(tmp_path, spec))
+    path, count = tmp_path / spec.index_file, len(kept(tmp_path, spec))
     path.rename(tmp_path / "moved")
     for put in (os.mkfifo, lambda place: place.symlink_to(tmp_path / "moved")):
         put(path)
@@ -425,7 +425,7 @@ def test_an_index_without_orientations_is_made_again(tmp_path):
     (root / "a.jpg").write_bytes(oriented("JPEG", 6))
     spec = images(root)
     data.update_index(spec, tmp_path)
-    made, path = kept(tmp_path, spec), index.path(tmp_path, spec)
+    made, path = kept(tmp_path, spec), tmp_path / spec.index_file
     assert made.sides.tolist() == [[8, 4]]
     index.write(path, replace(made, head=made.head.model_copy(update={"format": 1})))
     assert index.read(path) is None

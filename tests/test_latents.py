@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from distill import data
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
-from distill.data import DataSource, latent_index
+from distill.data import DataSource, latent_index, latents
 from distill.data.encoded import DecodedData, codec_of, scaled_for
 from distill.evaluation import measuring
 from distill.evaluation.metrics import features
@@ -184,11 +184,11 @@ def test_the_index_is_kept_and_files_are_read_once(tmp_path, monkeypatch):
         ("s", "r", []),
         ("t", "r", []),
     ):
-        data._LATENT_INDEXES.clear()
+        latents._INDEXES.clear()
         read.clear()
         data.update_index(given, tmp_path / store, None if run_folder is None else tmp_path / run_folder)
         assert read == expected
-    data._LATENT_INDEXES.clear()
+    latents._INDEXES.clear()
     before = data.load_data(given, 0, tmp_path / "r", indexed=True)
     assert read == [] and before.digest == data.load_data(given, 0, tmp_path / "s").digest
 
@@ -209,7 +209,7 @@ def test_the_index_is_kept_and_files_are_read_once(tmp_path, monkeypatch):
 def test_a_damaged_index_is_made_again(tmp_path):
     save(tmp_path / "a.npy", LATENTS)
     settle(tmp_path / "a.npy")
-    given, place = spec(tmp_path / "a.npy"), latent_index.path(tmp_path, spec(tmp_path / "a.npy"))
+    given, place = spec(tmp_path / "a.npy"), tmp_path / spec(tmp_path / "a.npy").index_file
     data.update_index(given, tmp_path)
     digest, good = data.load_data(given, 0, tmp_path).digest, place.read_bytes()
     assert latent_index.read(place).head.shape == (4, 8, 8)
@@ -223,7 +223,7 @@ def test_large_files_show_their_progress(tmp_path, monkeypatch, capfd):
     save(tmp_path / "a.npy", np.zeros((300, 4, 32, 32), np.float32))
     loaded(tmp_path / "a.npy")
     assert capfd.readouterr().err == ""
-    data._LATENT_INDEXES.clear()
+    latents._INDEXES.clear()
     monkeypatch.setattr(latent_index, "LONG", 1000)
     loaded(tmp_path / "a.npy")
     assert "checksums of the latents  4/5 MB" in capfd.readouterr().err

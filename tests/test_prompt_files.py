@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from distill import data
 from distill.cli import arguments
 from distill.core.errors import InputError
-from distill.data import promptfiles
+from distill.data import promptfiles, promptindex
 from distill.spec import checks, specfile
 from distill.spec.dataspec import PromptsData
 
@@ -78,17 +78,17 @@ def test_prompts_are_read_once_until_the_file_changes(tmp_path, monkeypatch):
 def test_damaged_copies_are_replaced(tmp_path, monkeypatch):
     chosen, store = lines(tmp_path / "a.txt", "a", "bc"), tmp_path / "store"
     data.update_index(chosen, store)
-    path = promptfiles.path(store, chosen)
-    arrays, head = load_file(path), promptfiles.read(path).head
+    path = store / chosen.index_file
+    arrays, head = load_file(path), promptindex.read(path).head
     for name, value in {"ends": np.array([3, 1]), "content": np.frombuffer(b"\xff\xfe\xfd", np.uint8)}.items():
         save_file({**arrays, name: value}, path, metadata={"prompts": head.model_dump_json()})
-        assert promptfiles.read(path) is None
+        assert promptindex.read(path) is None
     save_file(arrays, path, metadata={"prompts": head.model_copy(update={"total": 1}).model_dump_json()})
-    assert promptfiles.read(path) is None
+    assert promptindex.read(path) is None
     path.write_bytes(b"x")
     monkeypatch.setattr(promptfiles, "_READ", {})
     data.update_index(chosen, store)
-    assert list(promptfiles.read(path).prompts) == ["a", "bc"]
+    assert list(promptindex.read(path).prompts) == ["a", "bc"]
 
 
 def test_memory_is_about_the_bytes_of_the_prompts(tmp_path):

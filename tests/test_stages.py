@@ -15,11 +15,11 @@ from PIL import Image
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill import data as data_sets
 from distill import pairs
 from distill.cli.start import begin
 from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
+from distill.data import indexed
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, stages, train_stage
@@ -494,19 +494,19 @@ def pictures(folder, count=6):
 
 
 def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_sets, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
     preflight.check(resolve(given, tmp_path))
-    assert not data_sets._LOADED
+    assert not indexed._LOADED
     monkeypatch.setattr("distill.evaluation.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
-    assert len(data_sets._LOADED) == 1
+    assert len(indexed._LOADED) == 1
     assert len(list((tmp_path / "indexes").iterdir())) == 1
 
 
 def test_images_are_indexed_when_a_run_is_made_and_not_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_sets, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
     for path in (tmp_path / "images").iterdir():
         os.utime(path, (1e9, 1e9))
@@ -516,7 +516,7 @@ def test_images_are_indexed_when_a_run_is_made_and_not_again(tmp_path, monkeypat
                                                            teach=TEACH)))  # fmt: skip
     assert not (tmp_path / "runs").exists()  # nothing is written for what is refused
     run = begin(tmp_path / "runs", source)
-    monkeypatch.setattr(data_sets, "_INDEXES", {})  # as in another process
+    monkeypatch.setattr(indexed, "_INDEXES", {})  # as in another process
     (kept,) = (tmp_path / "runs" / "indexes").iterdir()
     state = (kept.stat().st_ino, kept.stat().st_mtime_ns)
     stages.run(run, given, ["teach"], StopRequest())

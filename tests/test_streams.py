@@ -19,7 +19,7 @@ from pyarrow import parquet
 from distill import data
 from distill.cli import start
 from distill.core.errors import InputError, RunError
-from distill.data import streamindex, streaming, streamrows, streams
+from distill.data import indexed, streamindex, streaming, streamrows, streams
 from distill.data.order import Ranges
 from distill.data.source import DataSource
 from distill.data.streamdata import StreamData
@@ -34,8 +34,8 @@ SIDE = 8
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(data, "_INDEXES", {})
-    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
     monkeypatch.setattr(streaming, "_KNOWN", {})
     monkeypatch.setattr(streams, "PAUSES", ())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -236,7 +236,7 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
         ):
             loaded.items(0, [0])
     parquet.write_table(table(range(5)), spec.path, row_group_size=3)
-    index = streamindex.read(streamindex.path(tmp_path / "run", spec))
+    index = streamindex.read(tmp_path / "run" / spec.index_file)
     same_size = replace(index, sizes=np.array([Path(spec.path).stat().st_size]))
     for row, count in ((0, 3), (9, 0)):
         with pytest.raises(RunError, match=f"changed since the run began, there are now {count} rows; start a new run"):
@@ -246,10 +246,10 @@ def test_a_file_that_has_changed_is_refused(tmp_path):
 def test_an_index_that_is_not_valid_is_made_again(tmp_path):
     spec = hf(write(tmp_path / "x"), caption_column="text")
     data.update_index(spec, tmp_path)
-    place = streamindex.path(tmp_path, spec)
+    place = tmp_path / spec.index_file
     good = place.read_bytes()
     index = streamindex.read(place)
-    assert index.digest == streaming._KNOWN[streamindex.path(Path(), spec)].digest
+    assert index.digest == streaming._KNOWN[spec.index_file].digest
     faults = [("stops", 31), ("groups", 9), ("labels", 4), ("labels", -9), ("prompt_ends", 13)]
     arrays = {array: getattr(index, array).copy() for array, _ in faults}  # the index itself is mapped from the file
     for array, wrong in faults:
@@ -274,8 +274,8 @@ def test_a_new_run_has_the_index_and_a_submit_downloads_nothing(tmp_path, capsys
     content = {"name": "x", "stages": {"teach": stage}, "data": hf(write(tmp_path / "x")).model_dump(mode="json")}
     spec = RunSpec.model_validate(content)
     run = start.create(tmp_path / "store", specfile.SpecSource(spec, tmp_path, "x"))
-    place = streamindex.path(run.root, spec.data)
-    assert place.read_bytes() == streamindex.path(tmp_path / "store", spec.data).read_bytes()
+    place = run.root / spec.data.index_file
+    assert place.read_bytes() == (tmp_path / "store" / spec.data.index_file).read_bytes()
     start.say_stream(spec, run)
     assert capsys.readouterr().out == ""  # it is a folder of this machine
     remote = RunSpec.model_validate({**content, "data": {**content["data"], "path": "org/x"}})
@@ -283,7 +283,7 @@ def test_a_new_run_has_the_index_and_a_submit_downloads_nothing(tmp_path, capsys
     commit = "0123456789abcdef" * 2 + "01234567"
     index = streamindex.read(place)
     named = replace(index, head=index.head.model_copy(update={"commit": commit}))
-    streamindex.write(streamindex.path(run.root, remote.data), named)
+    streamindex.write(run.root / remote.data.index_file, named)
     start.say_stream(remote, run)
     start.say_stream(remote)
     at = "is streamed, not downloaded: each process that trains needs the network"

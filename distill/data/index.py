@@ -9,8 +9,6 @@ runs do not change. A file whose size and timestamps have not changed is not rea
 time. Other users may have written the indexes of a store, so every index is validated, and an invalid one is replaced.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -29,7 +27,6 @@ from distill.data.facts import State, read_all, times
 from distill.data.prompts import CaptionFault, Captions, Prompts
 from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.spec.imagefolder import MAX_CLASSES
-from distill.spec.model import HfData, ImageOptions, ImagesData, TarsData, VideosData
 
 CAPTION_ARRAYS = {"prompts", "prompt_ends", "caption_files"}
 TAR_ARRAYS = {"members", "tars", "tar_ends", "tar_stops"}
@@ -136,21 +133,6 @@ class FoundInTars:
     """[N, 3]: size, mtime and ctime of the row's tar"""
     known: NDArray[np.int64]
     """[N]: the row of the same image in the old index; -1: the tar is new or has changed"""
-
-
-def path(folder: Path, spec: ImageOptions | VideosData) -> Path:
-    """The path of the index of a data set in a store or a run."""
-    local = spec.folder if isinstance(spec, ImagesData) else Path(spec.path)
-    place = str(local.absolute()) if local.exists() else spec.path
-    parts = [spec.model_dump()["kind"], place, spec.background is None]
-    if isinstance(spec, ImagesData | VideosData) and spec.captions:
-        parts.append("captions")
-    if isinstance(spec, HfData):
-        parts += [spec.revision, spec.split, spec.image_column, spec.label_column]
-        parts += [] if spec.caption_column is None else [spec.caption_column]
-    if isinstance(spec, TarsData):
-        parts += [spec.caption_key, spec.label_key]
-    return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 
 
 def read(path: Path) -> ImageIndex | None:

@@ -7,7 +7,6 @@ store, so every index is validated, and an invalid one is replaced.
 """
 
 import hashlib
-import json
 import os
 import threading
 import time
@@ -78,13 +77,6 @@ class LatentIndex:
         """The path of a file, relative to the folder; empty: data.path is the file."""
         start = int(self.ends[file - 1]) if file else 0
         return os.fsdecode(self.names[start : int(self.ends[file])].tobytes())
-
-
-def path(folder: Path, spec: LatentsData) -> Path:
-    """The path of the index of a data set in a store or a run."""
-    parts = [spec.kind, str(Path(spec.path).absolute()), spec.key, spec.mirrored_key, spec.labels]
-    parts += [spec.moments, spec.one_per_file]  # type: ignore[list-item]
-    return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 
 
 def read(path: Path) -> LatentIndex | None:

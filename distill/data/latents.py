@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill.core.errors import InputError, RunError
 from distill.core.text import printable
+from distill.data import KindLoader, arrayfile, latent_index
 from distill.data.latent_index import LatentIndex
 from distill.data.source import Items
 from distill.flow.draws import key, sample_noise, uniforms
@@ -21,6 +22,8 @@ from distill.spec.model import LatentsData
 
 OPEN = 128  # files that a process keeps mapped at most
 LOG_VARIANCE = (-30.0, 20.0)  # limits of log variances, as in diffusers
+
+_INDEXES: dict[Path, LatentIndex] = {}  # by their path relative to a store or a run
 
 
 class LatentData:
@@ -116,3 +119,31 @@ def _digest(index: LatentIndex, spec: LatentsData) -> str:
     content.update(index.sha256.tobytes())
     content.update(np.ascontiguousarray(index.labels, "<i8").data)
     return content.hexdigest()
+
+
+class _Latents:
+    """Loads data of kind latents. Implements `data.KindLoader`."""
+
+    def load(self, spec: LatentsData, seed: int, folder: Path | None, *, keep: bool, indexed: bool) -> LatentData:
+        """See `data.load_data`. keep has no effect, because nothing is decoded."""
+        known = None if folder is None else latent_index.read(folder / spec.index_file)
+        found = known if indexed and known is not None else _indexed(spec, known)
+        return LatentData(spec.name, found, spec, seed)
+
+    def update_index(self, spec: LatentsData, store: Path, run: Path | None) -> None:
+        """See `data.update_index`."""
+
+        def make(known: LatentIndex | None) -> LatentIndex:
+            return _indexed(spec, known)
+
+        arrayfile.update(spec.index_file, store, run, read=latent_index.read, make=make, write=latent_index.write)
+
+
+def _indexed(spec: LatentsData, known: LatentIndex | None) -> LatentIndex:
+    """The index of latents, in which only new and changed files are read."""
+    place = spec.index_file
+    _INDEXES[place] = latent_index.make(spec, _INDEXES.get(place, known))
+    return _INDEXES[place]
+
+
+LOADER: KindLoader[LatentsData] = _Latents()

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.core.text import one_line
-from distill.data import promptfiles
-from distill.data.images import ImageData
-from distill.data.source import DataSet
-from distill.data.videos import VideoData
-from distill.spec.dataspec import PromptsData
+from distill.data import PromptLoader, loader_of
+from distill.data.source import DataSet, NamesSkipped
 from distill.spec.model import DataSpec
 
 SHOWN = 3  # prompts
@@ -56,13 +53,14 @@ class DataOverview:
 
 def of(spec: DataSpec, data: DataSet | None, store: Path | None) -> DataOverview | None:
     """The overview of loaded data; None if there is none. store: see `data.load_data`."""
-    if isinstance(spec, PromptsData):
-        found = promptfiles.load(spec, store)
+    loader = loader_of(spec)
+    if isinstance(loader, PromptLoader):
+        found = loader.load_prompts(spec, store, indexed=False)
         skipped = found.head.total - len(found.prompts)
         return DataOverview(0, [], False, None, len(found.prompts), found.prompts[:SHOWN], skipped, found.head.skipped)
     if data is None:
         return None
-    names: Sequence[str] = data.unreadable if isinstance(data, ImageData | VideoData) else ()
+    names: Sequence[str] = data.unreadable if isinstance(data, NamesSkipped) else ()
     prompts = data.prompts
     return DataOverview(
         samples=len(data),

@@ -4,82 +4,53 @@ The prompts are kept in STORE/indexes and RUN/indexes, like the indexes of image
 files that have not changed are not read again, and an invalid copy is replaced.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from distill.core.errors import InputError
 from distill.core.text import printable, suggest
-from distill.data import arrayfile, prompts, skipping, texttables
+from distill.data import KindLoader, arrayfile, promptindex, prompts, texttables
 from distill.data.facts import times
 from distill.data.index import SETTLED
+from distill.data.promptindex import FileState, FoundPrompts, PromptsHead
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
 from distill.spec.dataspec import PromptsData
 
 SHOWN = 5  # names that a message lists
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
-_READ: dict[Path, "FoundPrompts"] = {}  # by their path relative to a store or a run
-
-FileState = tuple[str, int, int, int]  # path below the given one, size, mtime and ctime
+_READ: dict[Path, FoundPrompts] = {}  # by their path relative to a store or a run
 
 
-class _PromptsHead(BaseModel):
-    """The metadata of kept prompts."""
+class _PromptFiles:
+    """Loads data of kind prompts. Implements `data.KindLoader` and `data.PromptLoader`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    def load(self, spec: PromptsData, seed: int, folder: Path | None, *, keep: bool, indexed: bool) -> None:
+        """Does nothing: there are no samples."""
 
-    format: Literal[1] = 1
-    files: list[FileState]
-    written: int
-    """when reading started, in nanoseconds since 1970"""
-    total: int = Field(ge=1)
-    """number of lines or rows"""
-    skipped: list[str]
-    """the first of those without a usable prompt, and why"""
+    def load_prompts(self, spec: PromptsData, folder: Path | None, *, indexed: bool) -> FoundPrompts:
+        """See `data.load_prompts`.
 
+        Raises InputError if the files cannot be read, or if more lines than spec.max_unreadable have no usable prompt.
+        """
+        known = None if folder is None else promptindex.read(folder / spec.index_file)
+        found = known if known is not None and indexed else _updated(spec, known)
+        found.refuse(spec)
+        return found
 
-@dataclass(frozen=True)
-class FoundPrompts:
-    """The prompts of a data set, and what was skipped."""
+    def update_index(self, spec: PromptsData, store: Path, run: Path | None) -> None:
+        """See `data.update_index`."""
 
-    head: _PromptsHead
-    prompts: Prompts
+        def make(known: FoundPrompts | None) -> FoundPrompts:
+            return _updated(spec, known)
 
-    def refuse(self, spec: PromptsData) -> None:
-        """Warns about lines and rows without a usable prompt. Raises InputError if there are too many."""
-        if count := self.head.total - len(self.prompts):
-            skipping.report(
-                f"{printable(spec.path)}: {count:,} of {self.head.total:,} prompts cannot be used",
-                [printable(each) for each in self.head.skipped],
-                found=count,
-                total=self.head.total,
-                limit=spec.max_unreadable,
-                todo="correct or remove them",
-            )
+        arrayfile.update(spec.index_file, store, run, read=promptindex.read, make=make, write=promptindex.write)
 
 
-def load(spec: PromptsData, folder: Path | None = None, *, indexed: bool = False) -> FoundPrompts:
-    """The prompts of a data set. folder, indexed: see `data.load_data`.
-
-    Raises InputError if the files cannot be read, or if more lines than spec.max_unreadable have no usable prompt.
-    """
-    known = None if folder is None else read(path(folder, spec))
-    found = known if known is not None and indexed else update(spec, known)
-    found.refuse(spec)
-    return found
-
-
-def update(spec: PromptsData, known: FoundPrompts | None) -> FoundPrompts:
+def _updated(spec: PromptsData, known: FoundPrompts | None) -> FoundPrompts:
     """The prompts as they are now: `known`, or what this process read before, if no file has changed since."""
-    place, now, files = path(Path(), spec), time.time_ns(), _files(spec)
+    place, now, files = spec.index_file, time.time_ns(), _files(spec)
     states = [_state(spec, file) for file in files]
     known = _READ.get(place, known)
     settled = known is not None and all(mtime < known.head.written - SETTLED for _, _, mtime, _ in states)
@@ -87,34 +58,6 @@ def update(spec: PromptsData, known: FoundPrompts | None) -> FoundPrompts:
         known = _read(spec, files, states, now)
     _READ[place] = known
     return known
-
-
-def path(folder: Path, spec: PromptsData) -> Path:
-    """The path of the kept prompts of a data set in a store or a run."""
-    parts = [spec.kind, str(Path(spec.path).absolute()), spec.column]
-    return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
-
-
-def read(path: Path) -> FoundPrompts | None:
-    """Reads kept prompts. Returns None if there are none, or if the file is damaged or of another version."""
-    kept = arrayfile.read(path, _PromptsHead)
-    if kept is None or {name: (str(each.dtype), each.ndim) for name, each in kept[1].items()} != _ARRAYS:
-        return None
-    head, arrays = kept
-    found = Prompts(arrays["content"].view(np.uint8), arrays["ends"].view(np.int64))
-    fits = 0 < len(found) <= head.total and prompts.are_valid(found.content, found.ends)
-    return FoundPrompts(head, found) if fits else None
-
-
-_ARRAYS = {"content": ("uint8", 1), "ends": ("int64", 1)}
-
-
-def write(path: Path, found: FoundPrompts) -> None:
-    """Writes prompts atomically. Raises RunError if they cannot be written."""
-    arrayfile.write(path, found.head, {"content": found.prompts.content, "ends": found.prompts.ends})
-
-
-# --- reading ---
 
 
 def _read(spec: PromptsData, files: list[Path], states: list[FileState], now: int) -> FoundPrompts:
@@ -134,7 +77,7 @@ def _read(spec: PromptsData, files: list[Path], states: list[FileState], now: in
     found = Prompts.of(usable())
     if not total:
         raise InputError(f"data.path={printable(spec.path)} has no prompts; give a file with one prompt on each line")
-    return FoundPrompts(_PromptsHead(files=states, written=now, total=total, skipped=skipped), found)
+    return FoundPrompts(PromptsHead(files=states, written=now, total=total, skipped=skipped), found)
 
 
 def _stored(spec: PromptsData, files: list[Path]) -> Iterator[tuple[str, bytes | str | None]]:
@@ -213,3 +156,6 @@ def _state(spec: PromptsData, file: Path) -> FileState:
         return (str(file.relative_to(spec.path)), *times(file.stat()))
     except OSError as error:
         raise InputError(f"{printable(str(file))} cannot be read: {error.strerror}; repair or remove it") from error
+
+
+LOADER: KindLoader[PromptsData] = _PromptFiles()

@@ -74,6 +74,14 @@ class Skipping(Protocol):
     def skip(self, rows: Sequence[int]) -> None: ...  # warns about new ones; InputError if there are too many
 
 
+@runtime_checkable
+class NamesSkipped(Protocol):
+    """A data set that can name the items that it skips."""
+
+    @property
+    def unreadable(self) -> Sequence[str]: ...  # the name of each, and why if that is known
+
+
 class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 

@@ -21,7 +21,6 @@ from distill.data import arrayfile, prompts
 from distill.data.prompts import CaptionFault, Prompts
 from distill.data.rows import FileNames
 from distill.spec.imagefolder import MAX_CLASSES
-from distill.spec.model import HfData
 
 
 class _StreamHead(BaseModel):
@@ -78,14 +77,6 @@ class StreamIndex:
 
 def head(commit: str | None, num_classes: int | None, count: int, content: str) -> _StreamHead:
     return _StreamHead(commit=commit, num_classes=num_classes, count=count, content=content)
-
-
-def path(folder: Path, spec: HfData) -> Path:
-    """The path of the index of a stream in a store or a run."""
-    place = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
-    columns = [spec.image_column, spec.label_column, spec.caption_column]
-    parts = json.dumps(["stream", place, spec.revision, spec.split, *columns, spec.limit])
-    return folder / "indexes" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.safetensors"
 
 
 def encoded(index: StreamIndex) -> bytes:

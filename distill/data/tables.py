@@ -15,8 +15,10 @@ from distill import hub
 from distill.core.errors import InputError
 from distill.core.hub_repository import Repository
 from distill.core.text import printable, suggest
-from distill.data import texttables
+from distill.data import KindLoader, texttables
+from distill.data.images import ImageData
 from distill.data.index import FoundImages, ImageIndex
+from distill.data.indexed import IndexedImages
 from distill.data.prompts import Captions
 from distill.data.rows import Encoded, read_file
 from distill.spec import imagefiles, imagefolder
@@ -50,8 +52,11 @@ class TableRows:
         return Encoded(image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
 
 
-def rows(spec: HfData) -> TableRows:
-    """The images of a data set. Raises InputError if it cannot be read or the columns do not fit."""
+def rows(spec: HfData, known: ImageIndex | None = None) -> TableRows:
+    """The images of a data set. Raises InputError if it cannot be read or the columns do not fit.
+
+    known: the index; it is not used, because the table has the names of its rows.
+    """
     return TableRows(_as_encoded(_opened(spec), spec))
 
 
@@ -270,3 +275,6 @@ def _class_ids(rows: Dataset, column: str) -> tuple[Sequence[int], int]:
     if not named:
         imagefolder.count_classes(labels, f"data.label_column={column}")
     return labels, num_classes
+
+
+LOADER: KindLoader[HfData] = IndexedImages(found, rows, ImageData)

@@ -11,12 +11,14 @@ import numpy as np
 
 from distill.core.errors import InputError
 from distill.core.text import printable
+from distill.data import KindLoader
 from distill.data.facts import THREADS, times
 from distill.data.images import ImageData
 from distill.data.index import FoundImages, FoundInTars, ImageIndex, is_settled
+from distill.data.indexed import IndexedImages
 from distill.data.order import Ranges
 from distill.data.prompts import CaptionFault, Captions, StoredCaption
-from distill.data.rows import FileNames, TarRows
+from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.data.tarfiles import SampleKeys, TarContent, scan
 from distill.shards.order import GROUP
 from distill.spec.imagefolder import count_classes
@@ -232,3 +234,12 @@ def _bad_pattern(pattern: str, what: str) -> InputError:
         f"data.path: the pattern {printable(pattern)[:300]} has {printable(what)}; valid: ranges like {{00000..00127}} "
         "and lists like {a,b}"
     )
+
+
+def _made(name: str, rows: ImageRows, index: ImageIndex, options: TarsData, seed: int) -> ImageData:
+    """The data set. With buckets, it is not read one group of tars after the other."""
+    kind = TarImages if options.buckets is None else ImageData
+    return kind(name, rows, index, options, seed)
+
+
+LOADER: KindLoader[TarsData] = IndexedImages(found, rows, _made)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch.utils.data import default_collate
 
 from distill.core.errors import InputError, RunError
 from distill.core.text import printable
-from distill.data import captions, skipping
+from distill.data import KindLoader, captions, skipping
 from distill.data.cropping import scaled
 from distill.data.decoding import COLOURS, UNREADABLE, covering, decode
 from distill.data.facts import CHUNK, REASONS, TASK, THREADS, State
 from distill.data.images import MAX_PIXELS
 from distill.data.index import FoundImages, ImageIndex
+from distill.data.indexed import IndexedImages
 from distill.data.prompts import FAULTS, CaptionFault, Captions, Prompts, StoredCaption
 from distill.data.rows import FileRows, ImageRows, UsableRows
 from distill.data.source import Items
@@ -37,12 +39,20 @@ CANNOT = {  # why a frame cannot be used
 }
 
 
-def found(spec: VideosData) -> FoundImages:
-    """The frames of all videos, video by video, and the captions, without reading the frames."""
+def found(spec: VideosData, known: ImageIndex | None) -> FoundImages:
+    """The frames of all videos, video by video, and the captions, without reading the frames.
+
+    known: an earlier index; it is not used, because it has no captions that could be used again.
+    """
     folder = videofolder.read(spec.path, captions=spec.captions)
     rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
     texts = None if folder.captions is None else _captions(folder, folder.captions)
     return FoundImages(rows, folder.names, folder.stats, None, None, captions=texts)
+
+
+def rows(spec: VideosData, known: ImageIndex) -> FileRows:
+    """The rows of indexed videos; the names come from the index."""
+    return FileRows(Path(spec.path), len(known), known.name)
 
 
 def _captions(folder: VideoFolder, names: Sequence[str | None]) -> Captions:
@@ -244,3 +254,6 @@ def _parts(index: ImageIndex, counts: NDArray[np.int64]) -> Iterator[memoryview]
     yield counts.astype("<i8").data
     yield np.ascontiguousarray(index.state).data
     yield np.ascontiguousarray(index.sha256).data
+
+
+LOADER: KindLoader[VideosData] = IndexedImages(found, rows, VideoData, keeps_decoded=False)

@@ -1,8 +1,8 @@
 """The `data` of a run spec: real data, and how images are converted to samples.
 
 There is one class for each kind. It knows what can be said about the data without reading it, so that other code asks
-it, instead of distinguishing kinds. How a kind is found, indexed and loaded is in a module of `distill.data`; see
-`data/kinds.py`.
+it, instead of distinguishing kinds. How a kind is found, indexed and loaded is in a module of `distill.data`, whose
+`__init__.py` has the table of them.
 """
 
 from collections.abc import Callable, Iterator
