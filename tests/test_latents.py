@@ -23,6 +23,7 @@ from distill import data
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.data import DataSource, latent_index, latents
+from distill.data.arrays import ArrayData
 from distill.data.encoded import DecodedData, codec_of, scaled_for
 from distill.evaluation import measuring
 from distill.evaluation.metrics import features
@@ -350,7 +351,7 @@ def test_an_evaluation_decodes_the_latents(teacher, tmp_path, capfd, monkeypatch
     save(tmp_path / "ids.npy", torch.arange(12) % 3)
     real = loaded(tmp_path / "z.npy", labels=str(tmp_path / "ids.npy"))
     found = measuring.of_data(real, codec, tmp_path, CPU)
-    images = data.arrays.ArrayData(
+    images = ArrayData(
         "z", codec.decode(real.items(0, range(12)).samples).clamp(-1, 1), torch.arange(12) % 3, 3
     )
     assert found.name == "FD-z" and found.values.shape == (12, 64)
