@@ -63,6 +63,11 @@ def children(pid):
     return [int(n) for each in Path(f"/proc/{pid}/task").iterdir() for n in (each / "children").read_text().split()]
 
 
+def data_workers(pid):
+    """The children that DataLoader has started."""
+    return [each for each in children(pid) if b"pt_data_worker" in Path(f"/proc/{each}/comm").read_bytes()]
+
+
 def make_images(root, count=30, classes=3):
     numbers = np.random.default_rng(1)
     for i in range(count):
@@ -337,8 +342,8 @@ def test_batches_are_the_same_with_any_number_of_workers(kind, images, tmp_path,
             assert all(
                 same(source.batch(step, rows), batch) for (step, rows), batch in zip(asked, expected, strict=True)
             )
-            pids = children(os.getpid())
-            assert len(pids) >= workers
+            pids = data_workers(os.getpid())
+            assert len(pids) == workers
         assert not any(map(alive, pids))
     assert torch.equal(torch.random.get_rng_state(), state)  # dropout uses it
     assert "warn" not in capfd.readouterr().err.lower()
@@ -358,9 +363,7 @@ class Large:
 def test_workers_share_the_memory_of_the_data():
     with loading.opened(Large(), 1, ALL) as source:
         assert source.batch(0, ALL).data.tolist() == [2**20] * 12
-        (worker,) = [
-            pid for pid in children(os.getpid()) if b"pt_data_worker" in Path(f"/proc/{pid}/comm").read_bytes()
-        ]
+        (worker,) = data_workers(os.getpid())
         private = dict(line.split(":") for line in Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()[1:])
     assert sum(int(private[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) < 150_000  # KiB
 
