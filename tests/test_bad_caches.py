@@ -106,7 +106,7 @@ class LatentsOfOthers(ArrayData):
     encoded = True
 
 
-AGAIN = "delete damaged and unknown files, then run `distill cache`: missing shards are made again"
+AGAIN = "delete unknown files, then run `distill cache`: missing and damaged ones are made again"
 DELETE = "delete {tmp}/cache and make the images again"
 CACHES: dict[str, tuple[Callable[[], object], str]] = {
     "no cache": (

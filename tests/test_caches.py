@@ -242,13 +242,13 @@ def test_damaged_and_missing_shards_are_made_again(tmp_path, codec, whole):
     path, inode = tmp_path / "shard-00001.safetensors", (tmp_path / "shard-00000.safetensors").stat().st_ino
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     (tmp_path / "shard-00002.safetensors").unlink()
-    with pytest.raises(InputError, match="shard-00002.safetensors is missing; delete damaged"):
+    with pytest.raises(InputError, match="shard-00002.safetensors is missing; delete unknown"):
         open_latents(tmp_path, 0)
     with pytest.raises(InputError) as caught:
         verify(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: shard-00001.safetensors is damaged (checksum mismatch), shard-00002.safetensors is missing; "
-        "delete damaged and unknown files, then run `distill cache`: missing shards are made again"
+        "delete unknown files, then run `distill cache`: missing and damaged ones are made again"
     )
     verify(tmp_path, 0, 3)  # only shard 0
     warnings = []

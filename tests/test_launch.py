@@ -282,7 +282,7 @@ def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
     assert one.end() == (75, f"stopped before it had started; {ranks.MEASURED}\n")
     one.launch(DEAF, "teach", "--measure")
     os.kill(one.begun()[0]["pid"], signal.SIGKILL)
-    killed = f"error: the process of run 'one' was killed by SIGKILL (out of memory?); {ranks.MEASURED}\n"
+    killed = f"error: the process was killed by SIGKILL (out of memory?); {ranks.MEASURED}\n"
     assert one.end() == (128 + 9, killed)
 
 

@@ -108,7 +108,7 @@ def test_damage_is_found_and_made_again(tmp_path, lengths, whole):
         verify(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: shard-00001.safetensors is damaged (checksum mismatch), null.safetensors is damaged (checksum "
-        "mismatch); delete damaged and unknown files, then run `distill cache`: missing shards are made again"
+        "mismatch); delete unknown files, then run `distill cache`: missing and damaged ones are made again"
     )
     assert folder_bytes(make(tmp_path, lengths)) == folder_bytes(whole)
 

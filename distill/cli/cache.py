@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import distill.execution.caching
     import distill.spec.model
     import distill.spec.resolved
-    from distill.runs.cached import UsedCache
+    from distill.runs.cached import UsedCache, What
 
 ENDING = "shards that are complete are kept; run the same command again to make the rest"
 
@@ -56,6 +57,7 @@ def cache(
         from distill.core import file_checksums
         from distill.data import update_index
         from distill.execution.caching import Caching, keep_checksums
+        from distill.runs import cached
 
     file_checksums.read(folder)
     if lifeline is not None:
@@ -65,6 +67,7 @@ def cache(
     update_index(resolved.spec.data, folder.absolute())
     keep_checksums(resolved.spec, True, folder)
     made = Caching.of(resolved, folder.absolute(), folder.absolute())
+    used = _used(made, run)  # before anything is made, which may take long
     for each in made.planned:
         say(_standing(made, each))
     if verify:
@@ -73,7 +76,9 @@ def cache(
     _make(folder, given, changes or [], part, made, share)
     made.tidy()
     if part is None or all(made.is_complete(each) for each in made.planned):
-        _refuse_other(made, run)
+        for each in map(made.finished, made.planned):
+            if run is not None and each.what in used:
+                cached.refuse_other(run, used[each.what], each.digest)
         say(f"the caches are complete; {_next(given, run)}")
     else:
         say("this part is complete; run the other parts too")
@@ -166,19 +171,20 @@ def _as_rank(folder: Path, resolved: "distill.spec.resolved.Resolved", share: tu
         made.make_all(devices.of_rank(resolved.spec.launch, rank), stop, (share[0] + share[1] * rank, share[1] * count))
 
 
-def _refuse_other(made: "distill.execution.caching.Caching", run: run_store.RunPaths | None) -> None:
-    """InputError if the caches are not those that a run has used until now."""
+def _used(made: "distill.execution.caching.Caching", run: run_store.RunPaths | None) -> Mapping["What", "UsedCache"]:
+    """The caches that a run has used until now. InputError if its data and encoders do not give these any more."""
     from distill.runs import cached
 
-    used = {} if run is None else {each.what: each for each in cached.noted(run, made.name) or []}
-    for each in map(made.finished, made.planned):
-        if run is not None and (before := used.get(each.what)) is not None and before.digest:
-            if before.folder != each.folder:
-                raise InputError(
-                    f"the {each.what} of run '{run.name}' were in {before.folder}, but its data and encoders now give "
-                    f"{each.folder}: they have changed. Restore them, or start another run"
-                )
-            cached.refuse_other(run, before, each.digest)
+    noted = [] if run is None else cached.noted(run, made.name) or []
+    used = {each.what: each for each in noted if each.digest}
+    for each in made.planned:
+        before = used.get(each.what)
+        if run is not None and before is not None and before.folder != each.folder:
+            raise InputError(
+                f"the {each.what} of run '{run.name}' were in {before.folder}, but its data and encoders now give "
+                f"{each.folder}: they have changed. Restore them, or start another run"
+            )
+    return used
 
 
 def _next(given: str, run: run_store.RunPaths | None) -> str:

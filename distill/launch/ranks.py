@@ -128,9 +128,10 @@ def run(
         if rank == 0 and code not in OURS:
             say_left(paths, code, ending=ending)
         return code
+    who = "the process" if len(envs) == 1 else f"rank {rank}"
+    whose = "" if ending else f" of run '{paths.name}'"
     say_error(
-        f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
-        f"{signal.Signals(-code).name} (out of memory?); "
+        f"error: {who}{whose} was killed by {signal.Signals(-code).name} (out of memory?); "
         f"{ending or f'what it saved is intact; {_onward(paths)}'}"
     )
     return 128 - code
@@ -143,7 +144,8 @@ def say_left(paths: RunPaths, code: int, *, ending: str | None = None) -> None:
     )
     append_event(paths, "failed", message=message)
     onward = ending or f"what it saved is intact; {_onward(paths)}"
-    say_error(f"error: run '{paths.name}': {message}; {onward}")
+    where = "" if ending else f"run '{paths.name}': "
+    say_error(f"error: {where}{message}; {onward}")
 
 
 def say_not_begun(paths: RunPaths, *, ending: str | None = None) -> None:

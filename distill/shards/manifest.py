@@ -171,7 +171,7 @@ def refuse_faults(folder: Path, wrong: Sequence[str]) -> None:
     """InputError if anything is wrong with the files of a cache. wrong: see `faults`."""
     if wrong:
         raise InputError(
-            f"{folder}: {few(wrong)}; delete damaged and unknown files, then run `distill cache`: missing shards are "
+            f"{folder}: {few(wrong)}; delete unknown files, then run `distill cache`: missing and damaged ones are "
             "made again"
         )
 
