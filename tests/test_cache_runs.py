@@ -289,6 +289,14 @@ def test_before_the_cache_exists_its_prompts_are_counted(folder, monkeypatch):
     assert "the spec must have a cache stage, if its data has captions or prompts" in str(error.value)
 
 
+def test_what_the_autoencoder_cannot_give_is_found_before_a_run(folder):
+    stages = {"cache": {**cached_runs.CACHE, "latents": "pixels"}, **STAGES}
+    data = {"kind": "images", "path": str(folder / "images"), "size": 16, "captions": True}
+    spec = specfile.validate({**content(folder / "sd3", data, {}), "stages": stages}, "spec")
+    with pytest.raises(InputError, match="latents: pixels given, but the teacher works on latents; valid: moments, s"):
+        preflight.check(checks.check(spec, folder))
+
+
 def test_encoders_that_are_missing_are_found_before_a_run(folder, tmp_path):
     shutil.copytree(folder / "sd3", tmp_path / "sd3")
     shutil.rmtree(tmp_path / "sd3" / "text_encoder_2")
@@ -360,6 +368,14 @@ def test_the_command_restores_the_caches_of_a_run(made, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     assert folder_bytes(tmp_path / "runs" / "caches") == before
     assert command(capfd, "sample", "run/few", "--out", "x.png", "--count", "1", "--steps", "1").code == 0
+    spec = tmp_path / "runs" / "run" / "spec.yaml"
+    (tmp_path / "other").mkdir()
+    shutil.copytree(found.spec.data.path, tmp_path / "other" / "images")
+    (tmp_path / "other" / "images" / "0.txt").write_text("another caption")
+    spec.write_text(spec.read_text().replace(found.spec.data.path, str(tmp_path / "other" / "images")))
+    refused = command(capfd, "cache", "run")
+    assert refused.code == 2 and "they have changed. Restore them, or start another run" in refused.err
+    assert folder_bytes(tmp_path / "runs" / "caches") == before, "nothing is made for a run that could not use it"
 
 
 REFUSED = {

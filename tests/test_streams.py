@@ -144,7 +144,8 @@ def test_images_without_a_caption_and_damaged_ones_are_skipped_within_the_limit(
     assert found.labels.tolist() == [0, 2, 2] and loaded.skipped == [3]
     assert torch.equal(found.samples[1], found.samples[2])
     with pytest.raises(
-        InputError, match=r"a: 4 of 6 images cannot be used: row 3 \(.*\), row 1 .*; remove them, or inc"
+        InputError,
+        match=r"a: 4 of 6 images cannot be used: row 3 \(.*\): no image, or a damaged one, row 1 .*; remove",
     ):
         data.load_data(hf(path, caption_column="text", max_unreadable=3), 0).items(0, [1])
 
@@ -352,3 +353,25 @@ def test_a_hub_id_is_streamed_at_the_commit_that_a_run_began_with(tmp_path):
         "network; valid: a hub id that can be reached, or a file, folder or URL of parquet"
     )
     assert not list((tmp_path / "home").rglob("*.parquet"))
+
+
+def test_images_that_are_only_paths_cannot_be_streamed(tmp_path):
+    file = tmp_path / "x.parquet"
+    images = [{"bytes": None, "path": f"{i}.png"} for i in range(10)]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    parquet.write_table(table(range(10), image=pa.array(images, kind)), file, row_group_size=4)
+    with pytest.raises(InputError) as caught:
+        data.load_data(hf(file), 0)
+    assert str(caught.value) == (
+        f"data.image_column=image: {file} has the paths of images, not the images, so it cannot be streamed; write the "
+        "images themselves into the files, or use data.stream=false"
+    )
+    some = pa.array([{"bytes": image(0), "path": None}, *images[1:]], kind)
+    parquet.write_table(table(range(10), image=some), file, row_group_size=4)
+    with pytest.raises(InputError, match=r"row 1 \(.*x.parquet\): no image, or a damaged one; remove them"):
+        data.load_data(hf(file), 0).items(0, [1])
+
+
+def test_a_stream_that_is_gone_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(InputError, match="cannot be streamed: there is no such file or folder; valid: a hub id"):
+        data.load_data(hf(tmp_path / "gone"), 0)

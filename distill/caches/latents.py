@@ -38,7 +38,7 @@ def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored:
         raise InputError(
             f"data '{data.name}' has latents already, so there is nothing to encode; remove the cache stage"
         )
-    latents = _latents(stage, codec)
+    latents = check(stage, codec)
     if latents == "pixels" and data.prompts is None and stage.dtype != "float32":
         raise InputError(
             f"dtype: {stage.dtype} given, but it has no effect: the teacher works on pixels, which are stored as "
@@ -62,7 +62,8 @@ def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored:
     )
 
 
-def _latents(stage: CacheStage, codec: Codec) -> Literal["moments", "sample", "mean", "pixels"]:
+def check(stage: CacheStage, codec: Codec) -> Literal["moments", "sample", "mean", "pixels"]:
+    """What is stored for an image. InputError if the codec cannot give what the stage asks for."""
     if codec.is_identity:
         if stage.latents not in (None, "pixels"):
             raise InputError(

@@ -160,6 +160,8 @@ class ImageData:
         reason = REASONS.get(State(int(self._index.state[row])))
         if self.prompts is not None and self._index.labels[row] < 0 and reason is None:
             reason = FAULTS[CaptionFault(-int(self._index.labels[row]))]
+        if reason is None and self.prompts is not None:
+            reason = "cannot be decoded"
         return self._rows.name(row) + (f": {reason}" if reason else "")
 
     # --- checks ---

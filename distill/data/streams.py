@@ -176,6 +176,8 @@ def make(spec: HfData, old: StreamIndex | None) -> StreamIndex:
     """
     at = f" at revision {spec.revision}" if spec.revision else ""
     try:
+        if spec.is_of_hub and Path(spec.path).is_absolute():
+            raise ValueError("there is no such file or folder")
         if constants.HF_HUB_OFFLINE and spec.is_of_hub:
             raise ValueError("HF_HUB_OFFLINE=1 forbids it, but a stream needs the network")
         commit = hub.commit("dataset", spec.path, spec.revision) if spec.is_of_hub else None
@@ -250,6 +252,11 @@ def _content_once(spec: HfData, files: StreamFiles, name: str, size: int) -> _Fi
         facts, schema = opened.metadata, opened.schema_arrow
         _check_columns(spec, schema)
         groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+        if spec.image_column in schema.names and _are_paths(spec.image_column, groups):
+            raise InputError(
+                f"data.image_column={spec.image_column}: {printable(name)} has the paths of images, not the images, so "
+                "it cannot be streamed; write the images themselves into the files, or use data.stream=false"
+            )
         content = f"{size} {facts.serialized_size} {[(each.num_rows, each.total_byte_size) for each in groups]}"
         column, values, names = spec.label_column or spec.caption_column, [], None
         if column is not None:
@@ -283,6 +290,17 @@ def _check_columns(spec: HfData, schema: pa.Schema) -> None:
     text = None if spec.caption_column is None else schema.field(spec.caption_column).type
     if text is not None and not (pa.types.is_string(text) or pa.types.is_large_string(text)):
         raise InputError(f"data.caption_column={spec.caption_column} contains {text}; valid: a column of texts")
+
+
+def _are_paths(column: str, groups: Sequence[Any]) -> bool:
+    """Whether a column {"bytes", "path"} has no bytes at all, as the statistics of its row groups say."""
+    filled = [each for each in groups if each.num_rows]
+    for group in filled:
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        of_bytes = next((each for each in chunks if each.path_in_schema == f"{column}.bytes"), None)
+        if of_bytes is None or of_bytes.statistics is None or of_bytes.statistics.null_count != group.num_rows:
+            return False
+    return bool(filled)
 
 
 def is_encoded(kind: pa.DataType) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from distill import teachers
+from distill import caches, teachers
 from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.data import DataSet, load_data, load_prompts, overview
@@ -25,7 +25,7 @@ from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import cacheuse, pairspec, registry
 from distill.spec.kinds import STUDENTS
-from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
+from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
 from distill.students import native, sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
@@ -94,6 +94,10 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU, prompts=prompts)
     takes_prompts = teacher is not None and isinstance(teacher.given, ConditionTable)
     caching.check(resolved, data, texts, takes_prompts=takes_prompts)
+    if spec.cache is not None and cacheuse.stores_latents(resolved):
+        stage = spec.stages[spec.cache]
+        assert isinstance(stage, CacheStage)
+        caches.latents.check(stage, PIXELS if teacher is None else teacher.codec)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             _check_field(teacher, spec, stage, prompts)

@@ -125,7 +125,7 @@ class Convention:
         if asked.conditions is None:
             todo = (
                 "the spec must have a cache stage, if its data has captions or prompts (first in stages: cache: {kind: "
-                "cache}), or teacher.conditions must be set: a file with embeddings of prompts"
+                "cache}) that stores prompts, or teacher.conditions must be set: a file with embeddings of prompts"
             )
             if asked.is_student:
                 todo = (
