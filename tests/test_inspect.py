@@ -99,7 +99,7 @@ def test_it_is_shown_as_a_table(capfd, flux, unet):
     assert "conditions encoder_hidden_states [any, 32], pooled_projections [24]" in shown
     assert shown.endswith(
         "to set in the spec: teacher.conditions: a file with embeddings of prompts; make it with: distill encode "
-        "TEACHER PROMPTS.txt --out FILE"
+        "TEACHER PROMPTS.txt --out FILE; or leave it out, and begin the stages with cache: {kind: cache}"
     )
     assert "conditions class labels: 11 classes" in " ".join(command(capfd, "inspect", str(unet)).out.split())
 

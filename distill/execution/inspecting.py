@@ -213,7 +213,8 @@ def _conditioning(
     if isinstance(architecture, Convention):
         if architecture.fields(facts.content) and spec.conditions is None:
             to_set["conditions"] = (
-                "a file with embeddings of prompts; make it with: distill encode TEACHER PROMPTS.txt --out FILE"
+                "a file with embeddings of prompts; make it with: distill encode TEACHER PROMPTS.txt --out FILE; or "
+                "leave it out, and begin the stages with cache: {kind: cache}"
             )
             return None
         given = None if spec.conditions is None else condition_files.read(Path(spec.conditions))
