@@ -56,7 +56,6 @@ LONG = pytest.mark.long
     ("program", "sets", "kills"),
     [
         ("make_pairs.py", ["."], 4),
-        pytest.param("make_caches.py", ["latents", "prompts"], 4, marks=pytest.mark.long),
         pytest.param("make_pairs.py", ["."], 10, marks=LONG),
         pytest.param("make_caches.py", ["latents", "prompts"], 10, marks=LONG),
     ],
