@@ -25,6 +25,7 @@ from distill.core.atomic import hidden
 from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
+from distill.data import timing
 from distill.execution import forecast, preflight, sources, stages
 from distill.execution.caching import Caching
 from distill.flow.draws import Rows
@@ -322,6 +323,12 @@ def test_the_command_makes_caches_by_parts_and_verifies_them(folder, made, tmp_p
     assert (refused.code, refused.err) == (
         2, f"error: runs/{used['latents']} is not complete; make it first, without --verify\n"
     )  # fmt: skip
+    unmade = command(capfd, "doctor", "--data", "run.yaml")
+    assert (unmade.code, unmade.err) == (
+        2,
+        "error: --data: the images of spec 'run' are not cached yet; make the cache first, with: distill cache "
+        "run.yaml\n",
+    )
     first = command(capfd, "cache", "run.yaml", "--part", "1/2")
     assert first.code == 0, first.err
     assert first.out.splitlines() == [
@@ -333,6 +340,12 @@ def test_the_command_makes_caches_by_parts_and_verifies_them(folder, made, tmp_p
     assert f"latents: 6 images in runs/{used['latents']}: 2 of 3 shards are there, " in second.out
     assert second.out.endswith(
         "the caches are complete; use them with: distill run run.yaml, or distill submit run.yaml\n"
+    )
+    monkeypatch.setattr(timing, "_measured", lambda read, count: [read(0), 0.5][1])
+    measured = json.loads(command(capfd, "doctor", "--data", "run.yaml", "--json").out)
+    name = Path(found.spec.data.path).name
+    assert {each["what"]: each["found"] for each in measured}["reading data"] == (
+        f"a cached sample of '{name}': 5e+02 ms, 2 a second"
     )
     verified = command(capfd, "cache", "run.yaml", "--verify")
     assert verified.out.splitlines()[-2:] == [

@@ -23,6 +23,7 @@ from distill.core.text import expanded
 from distill.launch import environment
 
 if TYPE_CHECKING:
+    import distill.data.timing
     import distill.launch.sitecheck
 
 TRAIN = (
@@ -210,8 +211,7 @@ def _reading(given: str | None, gpus: int | None, rate: float | None, store: Pat
     if given is None:
         found = timing.of_example()
     else:
-        spec = start.find(given, [], None).spec
-        found = timing.of_data(spec.data, spec.seed, store)
+        found = _reading_of(given, store)
     cpus, gpus, rates = environment.cpus(), gpus or _gpus() or 1, RATES if rate is None else (rate,)
     counts = [found.workers(each) for each in rates]
     needed = ", ".join(f"{count} for {each:,g}" for each, count in zip(rates, counts, strict=True))
@@ -232,6 +232,29 @@ def _reading(given: str | None, gpus: int | None, rate: float | None, store: Pat
             "give the rate of your GPU: --rate" if rate is None else f"launch.workers={counts[0]}{more}",
         ),
     ]
+
+
+def _reading_of(given: str, store: Path) -> "distill.data.timing.ReadingTime":
+    """How fast training reads the data of a spec: from the images, or from a cache if it is complete."""
+    from distill.data import timing, update_index
+    from distill.execution.caching import Caching
+    from distill.spec import checks
+
+    source = start.find(given, [], None)
+    spec = source.spec
+    if spec.cache is None:
+        return timing.of_data(spec.data, spec.seed, store)
+    update_index(spec.data, store)
+    made = Caching.of(checks.check(spec, source.base), store.absolute(), store)
+    if all(each.what != "latents" for each in made.planned):
+        return timing.of_data(spec.data, spec.seed, store)
+    latents = made.latents()
+    if latents is None:
+        raise InputError(
+            f"--data: the images of spec '{spec.name}' are not cached yet; make the cache first, with: distill cache "
+            f"{given}"
+        )
+    return timing.of_set(latents, spec.seed, f"a cached sample of '{latents.name}'")
 
 
 def _gpus() -> int:

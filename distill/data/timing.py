@@ -15,7 +15,7 @@ from distill.core.errors import InputError
 from distill.data import load_data, update_index
 from distill.data.cropping import scaled
 from distill.data.decoding import decode
-from distill.data.source import DataSource
+from distill.data.source import DataSet, DataSource
 from distill.flow.draws import Rows, sample_noise
 from distill.spec.model import DataSpec
 
@@ -59,10 +59,13 @@ def of_data(spec: DataSpec, seed: int, store: Path) -> ReadingTime:
     data = load_data(spec, seed, store, keep=False)
     if data is None:
         raise InputError("--data: the spec has no data (data.kind: none); give a spec with data")
+    return of_set(data, seed, f"a sample of '{data.name}'")
+
+
+def of_set(data: DataSet, seed: int, what: str) -> ReadingTime:
+    """Measures a data set that is open. what: a sample of it, in words."""
     source = DataSource(data, BATCH, seed)
-    return ReadingTime(
-        f"a sample of '{data.name}'", _measured(lambda step: source.batch(step, Rows(0, BATCH, BATCH)), BATCH)
-    )
+    return ReadingTime(what, _measured(lambda step: source.batch(step, Rows(0, BATCH, BATCH)), BATCH))
 
 
 def _measured(read: Callable[[int], object], count: int, seconds: float = SECONDS) -> float:

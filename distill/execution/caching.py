@@ -158,6 +158,11 @@ class Caching:
         """Whether all shards are there. They are not read."""
         return len(layout.listed(self.place(cache)) or {}) == cache.files
 
+    def latents(self) -> DataSet | None:
+        """The cached latents in the store; None if they are not complete, or if none are stored."""
+        found = next((each for each in self.planned if each.what == "latents" and self.is_complete(each)), None)
+        return None if found is None else caches.open_latents(self.place(found), self.spec.seed)
+
     def tidy(self) -> None:
         """Remove the records of shards from caches that are complete, since their manifests list all shards."""
         for cache, own in zip(self.planned, self.layouts, strict=True):
