@@ -107,7 +107,7 @@ class LatentsOfOthers(ArrayData):
 
 
 AGAIN = "delete unknown files, then run `distill cache`: missing and damaged ones are made again"
-DELETE = "delete {tmp}/cache and make the images again"
+DELETE = "delete {tmp}/cache and make it again"
 CACHES: dict[str, tuple[Callable[[], object], str]] = {
     "no cache": (
         lambda: caches.open_latents(Path("cache").absolute(), 0),
@@ -180,7 +180,7 @@ CACHES: dict[str, tuple[Callable[[], object], str]] = {
     "prompts with other fields": (
         lambda: conditions.read(latents(prompts=True, dtypes={"pooled": "float32"})),
         "{tmp}/cache/manifest.json is damaged or was not written by distill (the file: null_rows and dtypes have "
-        "different fields); delete {tmp}/cache and make the prompts again",
+        "different fields); delete {tmp}/cache and make it again",
     ),
     "latents of another seed": (
         generated,

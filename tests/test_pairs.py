@@ -273,6 +273,11 @@ def test_generate_refuses_strangers_and_blocks_that_do_not_fit(tmp_path):
         InputError, match=r"contains shards that do not belong to this set: other\.safetensors; remove them"
     ):
         make(tmp_path / "a")
+    (tmp_path / "a" / "other.safetensors").rename(tmp_path / "a" / "shard-00000.safetensors")
+    with pytest.raises(
+        InputError, match=r"contains shards, but no manifest\.json, so they cannot be used; delete the "
+    ):
+        make(tmp_path / "a")
     with pytest.raises(InputError, match=r"the Gaussian teacher .* has no class id for the unconditional call"):
         make(tmp_path / "guided", guidance_scale=3.0)
     assert not (tmp_path / "guided").exists() and not (tmp_path / "odd").exists()

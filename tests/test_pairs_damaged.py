@@ -141,8 +141,8 @@ def put(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("pipe", r"manifest\.json is not a file; delete .* and make the pairs again"),
-        ("folder", r"manifest\.json is not a file; delete .* and make the pairs again"),
+        ("pipe", r"manifest\.json is not a file; delete .* and make it again"),
+        ("folder", r"manifest\.json is not a file; delete .* and make it again"),
         ("loop", r"manifest\.json cannot be read \(Too many levels of symbolic links"),
         (
             "nested",

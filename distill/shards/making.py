@@ -113,6 +113,10 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
             f"{folder} contains {kind.items} with other settings: {', '.join(differences)}; delete the folder, or use "
             "another folder or run name"
         )
+    if found is None and shards and all(layout.number(name) is not None for name in shards):
+        raise InputError(
+            f"{folder} contains shards, but no manifest.json, so they cannot be used; delete the folder and start again"
+        )
     if strangers:
         raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
     whole = len(ours) == layout.files

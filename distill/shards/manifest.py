@@ -76,7 +76,7 @@ class SetKind(Generic[M, E]):
 
 def read(kind: SetKind[M, E], folder: Path) -> M | None:
     """The manifest of the set in `folder`, or None if there is none. InputError if it is damaged."""
-    path, onward = folder / "manifest.json", f"delete {folder} and make the {kind.items} again"
+    path, onward = folder / "manifest.json", f"delete {folder} and make it again"
     content, wrong = _content(path, MAX_MANIFEST)
     if wrong:
         raise InputError(f"{path} {wrong}; {onward}")
