@@ -47,7 +47,7 @@ class KnownChecksum(FrozenModel):
         return same and self.modified < self.found - SETTLED
 
 
-_CHECKSUMS: TypeAdapter[list[KnownChecksum]] = TypeAdapter(list[KnownChecksum])
+_CHECKSUMS = TypeAdapter(list[KnownChecksum])
 _KNOWN: dict[str, KnownChecksum] = {}  # by path; of large files
 
 

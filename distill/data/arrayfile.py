@@ -6,7 +6,7 @@ is validated here, the arrays by the callers.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ Arrays = Mapping[str, NDArray[np.generic]]
 TYPES = {torch.uint8, torch.int32, torch.int64}
 
 
+@runtime_checkable
 class Headed(Protocol):
     """The content of a file. Equal heads mean equal contents."""
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from distill.shards.order import GROUP
 DRAWN = 2**24  # maximum number of items whose order is drawn as a whole: 8 bytes for each, in every process
 
 
+@runtime_checkable
 class ItemStream(Protocol):
     """The items of one size, as an endless stream of epochs, each of which contains every item once."""
 

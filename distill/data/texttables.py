@@ -9,14 +9,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
 from distill.core.text import one_line, printable
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 BATCH = 4096  # rows of a parquet file that are read together
 
@@ -160,8 +157,8 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[TableRow]:
                 number += 1
 
 
-def decoded(column: "pa.Array") -> list[Any]:
-    """The values of a column, with texts as bytes, because pyarrow does not check that they are UTF-8."""
+def decoded(column: Any) -> list[Any]:
+    """The values of a column of pyarrow, with texts as bytes, because pyarrow does not check that they are UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -170,7 +167,7 @@ def decoded(column: "pa.Array") -> list[Any]:
     return list(texts.to_pylist())
 
 
-def is_text_type(kind: "pa.DataType") -> bool:
+def is_text_type(kind: Any) -> bool:
     """Whether a column of this type of pyarrow has texts."""
     import pyarrow as pa
 

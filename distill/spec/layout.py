@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +16,7 @@ MAX_MANIFEST = 256 << 20  # bytes; several times the size that MAX_SHARDS files 
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
 
+@runtime_checkable
 class Divided(Protocol):
     """A stage that makes `count` items in files of `shard` items."""
 

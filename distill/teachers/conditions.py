@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
 
 
+@runtime_checkable
 class Wanted(Protocol):
     """The shape of a field for one sample, and its data type. See `convention.CondField`."""
 
