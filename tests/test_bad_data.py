@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 from safetensors.numpy import save_file
@@ -28,6 +29,7 @@ from distill.execution import sources
 from distill.spec import specfile
 from distill.spec.model import LatentsData
 from distill.teachers import LoadedTeacher
+from distill.teachers.analytic import GaussianField
 
 
 def refusal(section: dict[str, object]) -> str:
@@ -945,6 +947,9 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(tmp_path, mo
     assert str(caught.value) == message.replace("{tmp}", str(tmp_path))
 
 
+FIELD = GaussianField(torch.zeros(1), torch.ones(1))  # it is not called
+
+
 @pytest.mark.parametrize(
     ("shape", "fields", "message"),
     [
@@ -962,7 +967,7 @@ def test_values_that_are_not_finite_are_refused_where_they_are_read(tmp_path, mo
 )  # fmt: skip
 def test_latents_of_another_teacher_are_refused(tmp_path, shape, fields, message):
     np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
-    teacher = LoadedTeacher(None, (4, 8, 8), None, None, "", "a network")
+    teacher = LoadedTeacher(FIELD, (4, 8, 8), None, None, "", "a network")
     given = data.load_data(LatentsData(**latents(str(tmp_path / "a.npy"))), 0)
     with pytest.raises(InputError) as caught:
         sources.check_shapes(teacher, given)
@@ -973,7 +978,7 @@ def test_latents_of_unknown_scale_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", Z)
     given = data.load_data(LatentsData(kind="latents", path=str(tmp_path / "a.npy"), scaled=False), 0)
     with pytest.raises(InputError) as caught:
-        sources.check_shapes(LoadedTeacher(None, (2, 8, 8), None, None, "", "a network"), given)
+        sources.check_shapes(LoadedTeacher(FIELD, (2, 8, 8), None, None, "", "a network"), given)
     assert str(caught.value) == (
         "data.scaled=false: the latents of 'a' are not scaled, but the teacher has no autoencoder whose config says "
         "how its network takes them; give teacher.vae, or scaled latents and data.scaled: true"

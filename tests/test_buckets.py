@@ -89,7 +89,7 @@ def test_an_image_belongs_to_the_nearest_aspect_ratio_and_of_two_to_the_squarer(
     sizes = [(8, 32), (16, 16), (32, 8)]  # aspect ratios 1/4, 1, 4
     sides = [(1, 9), (100, 201), (100, 200), (50, 100), (100, 199), (7, 7), (200, 100), (2001, 1000), (1, 1000), (0, 0)]
     assert nearest(np.array(sides, np.int32), sizes).tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 0, 0]
-    assert nearest(np.array([(5, 5), (4, 5), (5, 4)]), [(4, 9), (9, 4)]).tolist() == [0, 0, 1]
+    assert nearest(np.array([(5, 5), (4, 5), (5, 4)], np.int32), [(4, 9), (9, 4)]).tolist() == [0, 0, 1]
     draws = np.random.default_rng(0).integers(1, 5000, (500, 2), dtype=np.int32)
     sizes = bucketing.sizes((1024, 1024), 64, 4.0)
     for (height, width), found in zip(draws.tolist(), nearest(draws, sizes).tolist(), strict=True):

@@ -25,7 +25,7 @@ from distill.data import DataSource
 from distill.data.arrays import ArrayData
 from distill.data.source import Bucket, Items
 from distill.flow import draws
-from distill.flow.codecs import PIXELS
+from distill.flow.codecs import PIXELS, Pixels
 from distill.flow.draws import Rows
 from distill.runs.progress import Progress
 from distill.spec.cachespec import CacheStage
@@ -100,7 +100,7 @@ def test_pixels_are_those_of_the_data_bit_for_bit(tmp_path):
 
 
 @dataclass(frozen=True)
-class Known:
+class Known(Pixels):
     """A codec whose posterior is known: N(mean of the pixels of a row, 0.25)."""
 
     digest: str = "e" * 64

@@ -22,7 +22,7 @@ from distill.core.errors import InputError
 from distill.data.arrays import ArrayData
 from distill.data.prompts import Prompts
 from distill.execution import sources
-from distill.flow.conditioning import ConditionTable
+from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.spec.model import CheckpointTeacher
 from distill.students.init import StudentInit
 from distill.teachers import conditions
@@ -120,7 +120,7 @@ def test_options_without_effect_are_refused(flux, tmp_path):
 
 
 def test_the_null_row_is_copied_to_a_device_once_and_constants_are_those_of_the_condition():
-    table = ConditionTable({"a": torch.ones(4, 2)}, {"a": torch.zeros(1, 2)}, {"b": torch.ones(3)})
+    table = ConditionTable(HeldRows({"a": torch.ones(4, 2)}), {"a": torch.zeros(1, 2)}, {"b": torch.ones(3)})
     cond = {"a": torch.empty(2, 2, device="meta"), "b": torch.empty(2, 3, device="meta")}
     first, second = (table.null(cond) for _ in range(2))
     assert {name: tuple(each.shape) for name, each in first.items()} == {"a": (2, 2), "b": (2, 3)}

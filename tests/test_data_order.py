@@ -124,7 +124,7 @@ def test_an_order_without_items_is_refused():
 class Sided:
     """Item i is filled with i; its height is that of its bucket. Implements `data.DataSet`."""
 
-    name, shape, num_classes, prompts, digest = "sided", (1, 4, 4), COUNT, None, "0" * 64
+    name, shape, num_classes, prompts, digest, encoded = "sided", (1, 4, 4), COUNT, None, "0" * 64, False
     buckets = [Bucket((1, 2 + i, 4), np.array(each, np.int64)) for i, each in enumerate(BUCKETS)]
 
     def __len__(self) -> int:

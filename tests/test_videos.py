@@ -196,11 +196,13 @@ def test_the_digest_belongs_to_frames_order_and_options(tmp_path):
 def test_the_first_frame_of_each_video_is_found_in_the_names(monkeypatch, chunk):
     monkeypatch.setattr(videos, "CHUNK", chunk)
     names = [b"a/1", b"a/2", b"b/1", b"b/c/1", b"b/c/2", b"b/d/1", b"bb/1", b"x", b"y"]
-    made = type("Names", (), {
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "ends": np.cumsum([len(name) for name in names]),
-        "__len__": lambda self: len(names),
-    })()  # fmt: skip
+    row, content = np.zeros((len(names), 3), np.uint8), np.frombuffer(b"".join(names), np.uint8)
+    head = index._Head(num_classes=None, stamp="", written=0)
+    ends = np.cumsum([len(name) for name in names])
+    made = index.ImageIndex(
+        head, row[:, 0], row[:, :2].astype(np.int32), row[:, 0], row.astype(np.int64), row, np.empty(0, np.int64),
+        content, ends,
+    )  # fmt: skip
     assert videos._first_rows(made).tolist() == [0, 2, 3, 5, 6, 7]
 
 

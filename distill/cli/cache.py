@@ -18,9 +18,9 @@ from distill.runs import run_store
 
 if TYPE_CHECKING:
     import distill.execution.caching
+    import distill.runs.cached
     import distill.spec.model
     import distill.spec.resolved
-    from distill.runs.cached import UsedCache, What
 
 ENDING = "shards that are complete are kept; run the same command again to make the rest"
 
@@ -110,7 +110,7 @@ def _resolved(
     return found, run
 
 
-def _standing(made: "distill.execution.caching.Caching", each: "UsedCache") -> str:
+def _standing(made: "distill.execution.caching.Caching", each: "distill.runs.cached.UsedCache") -> str:
     """A line about what is there of a cache."""
     folder, count = made.place(each), made.shards(each)
     there = "not there yet" if not count else f"{count:,} of {each.files:,} shards are there, {human(size(folder))}"
@@ -171,7 +171,9 @@ def _as_rank(folder: Path, resolved: "distill.spec.resolved.Resolved", share: tu
         made.make_all(devices.of_rank(resolved.spec.launch, rank), stop, (share[0] + share[1] * rank, share[1] * count))
 
 
-def _used(made: "distill.execution.caching.Caching", run: run_store.RunPaths | None) -> Mapping["What", "UsedCache"]:
+def _used(
+    made: "distill.execution.caching.Caching", run: run_store.RunPaths | None
+) -> Mapping["distill.runs.cached.What", "distill.runs.cached.UsedCache"]:
     """The caches that a run has used until now. InputError if its data and encoders do not give these any more."""
     from distill.runs import cached
 

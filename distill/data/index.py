@@ -195,12 +195,12 @@ def _are_tars(index: ImageIndex) -> bool:
 
 def _are_labels(index: ImageIndex) -> bool:
     """Whether the labels of an index that was read are class ids, or those of captions, which must be valid too."""
-    if (captions := index.captions) is None:
+    if index.prompts is None or index.prompt_ends is None:
         count = index.head.num_classes
         return count is None or bool(index.labels.min() >= 0 and index.labels.max() < count)
-    if index.head.num_classes is not None or not prompts.are_valid(captions.prompts.content, captions.prompts.ends):
+    if index.head.num_classes is not None or not prompts.are_valid(index.prompts, index.prompt_ends):
         return False
-    return bool(index.labels.min() >= -max(CaptionFault) and index.labels.max() < len(captions.prompts))
+    return bool(index.labels.min() >= -max(CaptionFault) and index.labels.max() < len(index.prompt_ends))
 
 
 def write(path: Path, index: ImageIndex) -> None:

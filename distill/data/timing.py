@@ -32,7 +32,7 @@ class ReadingTime:
     what: str
     seconds: float
 
-    def workers(self, rate: float) -> int:
+    def workers(self, rate: float | int) -> int:
         """The worker processes that are needed to read `rate` samples per second; 0 if reading takes hardly any time.
 
         That is rate * seconds, rounded up.
