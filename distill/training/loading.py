@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,6 +106,8 @@ class Loader:
         self._expected: Iterator[StepRows] = iter(())
         self._next: StepRows | None = None
         self._deliveries: Any = None  # the iterator of a DataLoader
+        self._thread: ThreadPoolExecutor | None = None  # it takes the next delivery while the network is trained
+        self._arriving: Future[Delivery] | None = None
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """These rows of the batch of `step`, on the CPU. Raises the errors of the source."""
@@ -113,7 +116,9 @@ class Loader:
         if self._next != (step, rows):
             self._start(step, rows)
         self._next = None  # in case of an error
-        found: Delivery = next(self._deliveries)
+        assert self._thread is not None and self._arriving is not None
+        found = self._arriving.result()
+        self._arriving = self._thread.submit(next, self._deliveries)
         for text in found.warned:
             printing.warn(text)
         if found.skipped and isinstance(self.data, Skipping):
@@ -131,6 +136,9 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
+        if self._thread is not None:
+            self._thread.shutdown()  # waits for the delivery that is arriving
+            self._thread = self._arriving = None
         if self._deliveries is not None:
             self._deliveries._shutdown_workers()  # otherwise they end when nothing refers to the iterator any more
             self._deliveries = None
@@ -158,6 +166,8 @@ class Loader:
                 # Workers use nothing that other threads of this process may have locked.
                 warnings.filterwarnings("ignore", r".*use of fork\(\) may lead to deadlocks", DeprecationWarning)
                 self._deliveries = iter(loader)
+            self._thread = ThreadPoolExecutor(1, "loader")
+            self._arriving = self._thread.submit(next, self._deliveries)
         except OSError as error:
             raise RunError(
                 f"cannot start {self.workers} worker processes: {error.strerror}; what was saved is intact; resume "
