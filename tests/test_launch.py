@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from choices import few
 from commands import command
 from runs import folder_bytes, make_run, wait_for
 
@@ -247,10 +248,14 @@ def test_the_first_group_that_fails_is_the_last(parent):
 # --- signals ---
 
 
+PASSED = [(s, a, p) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for a in (True, False) for p in (1, 3)]
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("to_all", [True, False])
-@pytest.mark.parametrize("procs", [1, 3])
+@pytest.mark.parametrize(
+    ("number", "to_all", "procs"),
+    few(PASSED, (signal.SIGTERM, False, 3), (signal.SIGUSR1, False, 3), (signal.SIGINT, True, 3)),
+)
 def test_the_parent_passes_signals_on(parent, number, to_all, procs):
     """A terminal tells all processes of Ctrl-C, a scheduler tells one: either way each stops once, and saves."""
     one = parent(procs)

@@ -107,9 +107,8 @@ def under_way(run, stage):
     return any(kept.get(stage.split("-")[0], paths.checkpoints.glob("step-*")))
 
 
-@pytest.mark.parametrize(
-    "stages", [pytest.param(["reflow-1"], id="once"), pytest.param(KILLED, id="each kind", marks=pytest.mark.long)]
-)
+@pytest.mark.long  # test_kill_workflow kills runs, too
+@pytest.mark.parametrize("stages", [pytest.param(["reflow-1"], id="once"), pytest.param(KILLED, id="each kind")])
 def test_killed_it_resumes_to_the_same_bytes(tmp_path, whole, stages):
     undisturbed, _ = whole
     run, log, hit = RunPaths(tmp_path / "runs" / "mixture-2d"), tmp_path / "log", []

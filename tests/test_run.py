@@ -46,6 +46,7 @@ def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path,
 
 
 @pytest.mark.process
+@pytest.mark.long  # test_outside has a recipe of another package
 def test_a_run_with_a_recipe_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
     (tmp_path / "s.yaml").write_text(SPEC)

@@ -78,6 +78,7 @@ def student(folder, name):
     return folder_bytes(run_paths(folder, name).student("teach") / "unet")
 
 
+@pytest.mark.long  # a whole run under ZeRO 2 comes first
 def test_the_student_is_the_average_of_the_last_checkpoint(folder):
     run = run_paths(folder, "small")
     ours = load_file(run.student("teach") / "unet" / "diffusion_pytorch_model.safetensors")
@@ -122,6 +123,7 @@ def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     assert refused.returncode == 2 and "only launch may change" in refused.stderr
 
 
+@pytest.mark.long  # a whole run under ZeRO 2 comes first
 def test_what_a_user_gets_wrong_is_one_message(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder)
     for changes, message in (
