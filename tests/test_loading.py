@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,11 @@ def alive(pid):
 
 def children(pid):
     """The children of all threads of a process."""
-    return [int(n) for each in Path(f"/proc/{pid}/task").iterdir() for n in (each / "children").read_text().split()]
+    found = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # the thread has just ended
+            found += [int(n) for n in (thread / "children").read_text().split()]
+    return found
 
 
 def data_workers(pid):
