@@ -1,7 +1,7 @@
 """The order in which the items of a data set are read: one size per batch, every item equally often, any position."""
 
 import tracemalloc
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_a_step_is_the_same_asked_directly_or_after_others_and_in_any_rows():
         assert batch(order(), step) == stream[step]
         for cuts in ([1, 3], [4], [2, 1, 1], [1, 1, 1, 1]):
             ends = list(accumulate(cuts, initial=0))
-            parts = [order().items(step, Rows(a, b, SIZE)) for a, b in zip(ends, ends[1:], strict=False)]
+            parts = [order().items(step, Rows(a, b, SIZE)) for a, b in pairwise(ends)]
             assert [item for part in parts for _, items in part for item in items] == stream[step]
 
 

@@ -101,7 +101,7 @@ def unique(texts: Iterable[str]) -> tuple[Prompts, NDArray[np.int64]]:
     is_first[firsts] = True
     starts = np.cumsum([0, *map(len, found)])
     contents, lengths = [], []
-    for prompts, start in zip(found, starts.tolist(), strict=False):
+    for prompts, start in zip(found, starts[:-1].tolist(), strict=True):
         kept = is_first[start : start + len(prompts)]
         sizes = np.diff(prompts.ends, prepend=0)
         contents.append(prompts.content[np.repeat(kept, sizes)])
