@@ -36,7 +36,7 @@ OWN = re.compile(r"(?P<module>.+?)\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude
 CONVERSION = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)  # errors of diffusers
 
 
-class _Settings(Read):
+class AdapterSettings(Read):
     """The settings of an adapter that are read. The rank is that of the weights."""
 
     peft_type: ShortText = "LORA"
@@ -48,11 +48,15 @@ class _Settings(Read):
 
     def factor(self, module: str, rank: int) -> float:
         """The factor of B A for a module: 1 if alpha is not known."""
+        return self.alpha(module, rank) / rank
+
+    def alpha(self, module: str, rank: int) -> float:
+        """The alpha of a module with which its factor is alpha / rank."""
         own = [alpha for name, alpha in self.alpha_pattern.items() if f".{module}".endswith(f".{name.lstrip('^')}")]
         alpha = own[0] if own else self.lora_alpha
         if alpha is None:
-            return 1.0
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            return float(rank)
+        return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
 
 def merge(network: nn.Module, convention: Convention | None, path: Path, scale: float) -> str:
@@ -113,7 +117,7 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
-def _read(file: Path, prefix: str) -> tuple[dict[str, Tensor], _Settings]:
+def _read(file: Path, prefix: str) -> tuple[dict[str, Tensor], AdapterSettings]:
     """The tensors of a file in float32, and the settings in its header or beside it."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -128,15 +132,15 @@ def _read(file: Path, prefix: str) -> tuple[dict[str, Tensor], _Settings]:
         raise weights.not_finite(file, broken, torch.float32)
     beside = file.parent / SETTINGS
     if file.name == NAMES[1] and beside.is_file():
-        settings = checked(_Settings, parse(beside), beside)
+        settings = checked(AdapterSettings, parse(beside), beside)
     else:
-        settings = checked(_Settings, _embedded(file, header, prefix), file)
+        settings = checked(AdapterSettings, embedded_settings(file, header, prefix), file)
     if settings.peft_type != "LORA":
         raise InputError(f"teacher.lora={file} is an adapter of type {short(settings.peft_type)}; valid: LORA")
     return tensors, settings
 
 
-def _embedded(file: Path, header: Mapping[str, str], prefix: str) -> Config:
+def embedded_settings(file: Path, header: Mapping[str, str], prefix: str) -> Config:
     """The settings in the header of a file, which diffusers writes as {"transformer.lora_alpha": ..., ...}."""
     try:
         found = json.loads(header.get(EMBEDDED, "{}"))
@@ -213,7 +217,7 @@ def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module) -> Non
             raise InputError(f"teacher.lora={file} has {short(name)} but no {short(other)}; copy or download it again")
 
 
-def _scaled(tensors: Mapping[str, Tensor], settings: _Settings) -> dict[str, Tensor]:
+def _scaled(tensors: Mapping[str, Tensor], settings: AdapterSettings) -> dict[str, Tensor]:
     """The tensors with the factor alpha/rank of each module in its matrix B, so that diffusers needs no alpha."""
     found = {name: each for name, each in tensors.items() if not name.endswith(".alpha")}
     for name, each in found.items():
