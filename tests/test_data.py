@@ -211,7 +211,7 @@ def test_grey_colour_deep_and_opaque_images_become_alike(tmp_path, channels):
     Image.fromarray(np.full((8, 8), 0.4, dtype=np.float32)).save(tmp_path / "d.tiff")
     opaque = picture(102).convert("RGBA")
     opaque.save(tmp_path / "e.png")
-    images, _, _ = load(tmp_path, channels=channels).items(0, [0, 1, 2, 3, 4])
+    images, _, _ = load(tmp_path, channels=channels, background="white").items(0, [0, 1, 2, 3, 4])
     assert images.shape == (5, channels, 8, 8)
     assert torch.allclose(images[:, :, :, 1:], torch.tensor(-0.2), atol=1e-6)
 
@@ -228,21 +228,23 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
     folder(tmp_path, a=[51, 102, 153], b=[204])
     broken = tmp_path / "a" / "1.png"
     broken.write_bytes(broken.read_bytes()[:50])
-    (tmp_path / "b" / "note.jpg").write_text("no image")
-    refused_folder(
-        tmp_path,
-        "2 of 5 images cannot be decoded: ",
-        f"{broken} (row 1)",
-        "note.jpg",
-        "repair or remove them, or increase data.max_unreadable (now 1)",
-        max_unreadable=1,
+    note = tmp_path / "b" / "note.jpg"
+    note.write_text("no image")
+    told = f"{tmp_path.name}: 1 of 5 images cannot be decoded"
+    refused_folder(tmp_path, f"{told}: {note} (row 4); repair or remove them, or increase data.max_unreadable (now 0)")
+    with pytest.raises(InputError) as error:
+        load(tmp_path, max_unreadable=1).items(0, [0, 1])
+    named = f"{tmp_path.name}: 2 of 5 images cannot be decoded"
+    assert str(error.value) == (
+        f"{named}: {note} (row 4), {broken} (row 1); repair or remove them, or increase data.max_unreadable (now 1)"
     )
+    assert capfd.readouterr().err == f"warning: {told} and are skipped: {note} (row 4)\n"
     loaded = load(tmp_path, max_unreadable=2)
-    assert re.search("2 of 5 images cannot be decoded and are skipped: .*1.png", capfd.readouterr().err)
-    images, labels, _ = loaded.items(0, [0, 1, 2])
-    assert labels.tolist() == [0, 0, 1]
-    assert torch.allclose(images[:, 0, 0, 7], torch.tensor([-0.6, 0.2, 0.6]))  # 51, 153, 204
-    assert len(loaded.unreadable) == 2
+    images, labels, _ = loaded.items(0, [0, 1, 2, 3])
+    assert capfd.readouterr().err == (f"warning: {named} and are skipped: {note} (row 4), {broken} (row 1)\n")
+    assert labels.tolist() == [0, 0, 0, 1]
+    assert torch.allclose(images[:, 0, 0, 7], torch.tensor([-0.6, 0.2, 0.2, 0.6]))  # 51, 153 twice, 204
+    assert loaded.unreadable == [f"{note} (row 4)", f"{broken} (row 1)"]
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -260,21 +262,44 @@ def test_folders_that_cannot_be_used(tmp_path):
     refused_folder(gone, "1 of 1 images cannot be decoded", max_unreadable=5)
 
 
-def test_transparency_and_values_out_of_range_are_refused_by_name(tmp_path):
-    for i in range(7):
-        picture(9, mode="RGBA").save(tmp_path / f"glass{i}.png")
+BACKGROUND = (
+    "set the colour behind transparent pixels: data.background=white, black or [red, green, blue]; opaque pixels keep "
+    "their colours"
+)
+
+
+def test_images_with_an_alpha_channel_are_refused_by_name(tmp_path):
+    for i in range(5):
+        picture(9).convert("RGBA").save(tmp_path / f"{i}.png")  # all pixels are opaque
+    picture(9, mode="L").save(tmp_path / "5.png", transparency=7)  # a colour that no pixel has
     picture(9).save(tmp_path / "opaque.png")
-    refused_folder(
-        tmp_path,
-        "7 of 8 images have transparent pixels: ",
-        "glass0.png (row 0), ",
-        "glass4.png (row 4), ...; set their background: data.background=white, black or [red, green, blue]",
-    )
-    for path in tmp_path.iterdir():
-        path.unlink()
-    for values in (np.full((8, 8), 200, np.float32), np.full((8, 8), np.nan, np.float32)):
-        Image.fromarray(values).save(tmp_path / "raw.tiff")
-        refused_folder(tmp_path, "raw.tiff (row 0) has values from", "must be finite and within 0 to 1")
+    with pytest.raises(InputError) as error:
+        load(tmp_path)
+    named = ", ".join(f"{tmp_path}/{i}.png (row {i})" for i in range(5))
+    assert str(error.value) == f"{tmp_path.name}: 6 of 7 images have an alpha channel: {named}, ...; {BACKGROUND}"
+    assert len(load(tmp_path, background="white")) == 7
+
+
+def test_a_background_is_only_asked_for_images_that_are_used(tmp_path):
+    picture(9).convert("RGBA").save(tmp_path / "0.png")
+    picture(51).save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("a cat")
+    loaded = load(tmp_path, captions=True, max_unreadable=1)  # 0.png has no caption
+    assert loaded.items(0, [0]).samples[0, 0, 0, 7].item() == pytest.approx(-0.6)
+    (tmp_path / "0.txt").write_text("a dog")
+    refused_folder(tmp_path, f"1 of 2 images have an alpha channel: {tmp_path}/0.png (row 0); ", captions=True)
+
+
+def test_values_out_of_range_are_named_when_the_image_is_used(tmp_path):
+    for value, shown in ((200, "200 to 200"), (-1, "-1 to -1"), (np.nan, "nan to nan")):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "raw.tiff")
+        loaded = load(tmp_path, max_unreadable=1)  # it is not damaged, so it is not skipped
+        with pytest.raises(InputError) as error:
+            loaded.items(0, [0])
+        assert str(error.value) == (
+            f"{tmp_path}/raw.tiff (row 0) has values from {shown}; floating-point images must be finite and within 0 "
+            "to 1"
+        )
 
 
 # --- data sets of the library ---
@@ -376,7 +401,7 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
 
 def test_a_set_without_rows_is_refused():
     rows = TableRows(datasets.Dataset.from_dict({"image": []}))
-    known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None, flatten=False)
+    known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None)
     with pytest.raises(InputError, match="data 'x' has no rows"):
         ImageData("x", rows, known, ImagesData(kind="images", path="x", size=8), 0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill import data
@@ -270,10 +271,16 @@ def test_damage_of_any_kind_is_of_one_image(tmp_path, capfd):
     whole = (tmp_path / "1.avif").read_bytes()
     start = whole.rindex(b"mdat") + 4
     (tmp_path / "1.avif").write_bytes(whole[:start] + bytes(8) + whole[start + 8 :])
-    assert "1 of 2 images cannot be decoded: " in unreadable(tmp_path)
-    loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=1), 0)
-    assert "1 of 2 images cannot be decoded and are skipped" in capfd.readouterr().err
-    assert len(loaded) == 1
+    spec = ImagesData(kind="images", path=str(tmp_path), size=8)
+    with pytest.raises(InputError) as error:
+        data.load_data(spec, 0).items(0, [1])
+    told = f"{tmp_path.name}: 1 of 2 images cannot be decoded"
+    assert str(error.value) == (
+        f"{told}: {tmp_path}/1.avif (row 1); repair or remove them, or increase data.max_unreadable (now 0)"
+    )
+    samples = data.load_data(spec.model_copy(update={"max_unreadable": 1}), 0).items(0, [0, 1]).samples
+    assert torch.equal(samples[0], samples[1])
+    assert capfd.readouterr().err == f"warning: {told} and are skipped: {tmp_path}/1.avif (row 1)\n"
 
 
 @pytest.mark.filterwarnings("ignore:IM image format is deprecated")

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
@@ -27,6 +27,7 @@ from distill.spec.model import HfData, ImagesData
 
 SIDE = 64
 BYTES = SIDE * SIDE * 3  # about those of a picture of noise as PNG
+PNG_END = 12  # bytes of the chunk IEND
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +91,7 @@ def test_an_index_knows_sizes_states_labels_and_checksums(tmp_path):
     found = kept(tmp_path, spec)
     names = ["a/0.png", "a/2.png", "a/z.png", "b/1.png", "b/z.png"]
     assert [found.name(row) for row in range(5)] == names
-    assert found.state.tolist() == [State.FINE, State.FINE, State.TRANSPARENT, State.FINE, State.BROKEN]
+    assert found.state.tolist() == [State.FINE] * 4 + [State.BROKEN]
     assert found.sides.tolist() == [[SIDE, SIDE]] * 4 + [[0, 0]]
     assert found.labels.tolist() == [0, 0, 0, 1, 1] and found.head.num_classes == 2
     assert found.alpha.tolist() == [0, 0, 1, 0, 0]
@@ -155,7 +156,7 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
     data.update_index(spec, tmp_path)
     path = tmp_path / spec.index_file
     whole, arrays = path.read_bytes(), load_file(path)
-    head = {"format": 2, "num_classes": 2, "stamp": "", "written": 0}
+    head = {"format": 3, "num_classes": 2, "stamp": "", "written": 0}
     match damage:
         case "half":
             path.write_bytes(whole[: len(whole) // 2])
@@ -172,7 +173,7 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
         case "shapes":
             save_file({**arrays, "names": arrays["names"][None]}, path, {"index": json.dumps(head)})
         case "version":
-            save_file(arrays, path, {"index": json.dumps({**head, "format": 3})})
+            save_file(arrays, path, {"index": json.dumps({**head, "format": 4})})
     assert index.read(path) is None
     data.update_index(spec, tmp_path)
     assert (kept(tmp_path, spec).sha256 == arrays["sha256"]).all()
@@ -260,6 +261,46 @@ def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):
 # --- found when images are used ---
 
 
+def test_nothing_is_decoded_before_images_are_used(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    root.mkdir()
+    shown = np.zeros((8, 8, 4), np.uint8)
+    shown[:, :4] = (51, 51, 51, 255)
+    Image.fromarray(shown).save(root / "a.png")
+    palette = Image.fromarray(np.where(np.arange(8) < 4, 1, 0).astype(np.uint8)[None].repeat(8, 0), "P")
+    palette.putpalette([0, 0, 0, 51, 51, 51])
+    palette.save(root / "b.png", transparency=0)
+    palette.save(root / "c.gif", transparency=0)
+    Image.fromarray(np.full((8, 8), 102 * 257, np.uint16)).save(root / "d.png")
+    Image.fromarray(np.full((8, 8), 0.4, np.float32)).save(root / "e.tiff")
+    Image.new("RGB", (8, 8), (153, 153, 153)).save(root / "f.bmp")
+    turned, exif, file = np.zeros((8, 16, 3), np.uint8), Image.Exif(), io.BytesIO()
+    turned[:, 8:] = 204
+    exif[0x0112] = 6  # the left side is the top
+    Image.fromarray(turned).save(file, "PNG", exif=exif)
+    (root / "g.png").write_bytes(exif_last(file.getvalue()))
+    for name in ("h.png", "i.jpg"):
+        noise(0).save(root / name)
+        (root / name).write_bytes((root / name).read_bytes()[:-1000])
+    Image.new("RGB", (8, 8), (0, 0, 0)).save(root / "j.png")
+    spec = images(root, size=8, background="white", max_unreadable=2)
+    with monkeypatch.context() as patched:
+        for kind in (Image.Image, ImageFile.ImageFile):
+            patched.setattr(kind, "load", lambda image: pytest.fail("decoded"))
+        data.update_index(spec, tmp_path)
+        loaded = data.load_data(spec, 0, tmp_path, indexed=True)
+    made = kept(tmp_path, spec)
+    assert (len(loaded), made.state.tolist(), made.alpha.tolist()) == (10, [State.FINE] * 10, [1] * 3 + [0] * 7)
+    assert loaded.unreadable == []
+    found = loaded.items(0, range(10))
+    corners = found.samples[:, :, [0, 0, -1], [0, -1, 0]]  # top left, top right, bottom left
+    expected = [*([-0.6, 1, -0.6] for _ in range(3)), *([-0.2] * 3 for _ in range(2)), [0.2] * 3, [-1, -1, 0.6]]
+    expected += [[-1] * 3] * 3  # j.png takes the places of h.png and i.jpg
+    assert torch.allclose(corners, torch.tensor(expected)[:, None].expand(10, 3, 3), atol=1e-6)
+    assert found.sizes[6, :2].tolist() == [16, 8]
+    assert loaded.unreadable == [f"{root}/h.png (row 7)", f"{root}/i.jpg (row 8)"]
+
+
 def spoil(path: Path) -> None:
     """Damage in the middle of a file, which its header and its end do not tell."""
     content = bytearray(path.read_bytes())
@@ -314,8 +355,13 @@ def test_ends_that_are_missing_are_found_in_every_common_format(tmp_path, capfd)
         (tmp_path / f"half.{end}").write_bytes(content[: len(content) // 2])
         (tmp_path / f"more.{end}").write_bytes(content + b"something behind the end")
     loaded = data.load_data(images(tmp_path, max_unreadable=6), 0)
-    assert "6 of 18 images cannot be decoded" in capfd.readouterr().err
-    assert all("half." in name for name in loaded.unreadable) and len(values(loaded)) == 12
+    found = values(loaded)
+    assert "6 of 18 images cannot be decoded and are skipped: " in capfd.readouterr().err.splitlines()[-1]
+    assert sorted(Path(name.split(" (")[0]).name for name in loaded.unreadable) == [
+        f"half.{end}" for end in ("bmp", "gif", "jpg", "png", "tiff", "webp")
+    ]
+    assert len(loaded) == len(found) == 17  # of half.webp, not even the header can be read
+    assert torch.equal(found[:5], found[5:6].expand(5, -1, -1, -1))  # half.bmp to half.tiff: more.bmp in their places
 
 
 # --- background and size ---
@@ -387,6 +433,13 @@ def test_labels_of_arrays_are_within_their_classes():
 # --- orientation ---
 
 
+def exif_last(content: bytes) -> bytes:
+    """A PNG file with its EXIF data after its pixels."""
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    return content[:start] + content[stop:-PNG_END] + content[start:stop] + content[-PNG_END:]
+
+
 def oriented(kind: str, orientation: int) -> bytes:
     """A picture stored with 8 columns and 4 rows, to be shown in this EXIF orientation."""
     exif, file = Image.Exif(), io.BytesIO()
@@ -405,21 +458,62 @@ def test_a_header_has_the_sides_of_the_decoded_image(kind):
 
 
 def test_an_orientation_after_the_pixels_of_a_png_and_one_in_xmp_are_seen():
-    content = oriented("PNG", 6)
-    start = content.index(b"eXIf") - 4
-    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
-    chunk, rest = content[start:stop], content[:start] + content[stop:]
-    late = rest[: -len(decoding.PNG_END)] + chunk + decoding.PNG_END
+    late = exif_last(oriented("PNG", 6))
+    start = late.index(b"eXIf") - 4
+    without = late[:start] + late[-PNG_END:]
+    behind = without + late[start:-PNG_END]  # after the end of the image, so it does not count
     info, file = PngInfo(), io.BytesIO()
-    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>')
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="8"/>', zip=True)
+    info.add_text("some", "text", zip=True)
     Image.new("RGB", (8, 4)).save(file, "PNG", pnginfo=info)
-    for encoded, sides in ((late, (8, 4)), (rest, (4, 8)), (file.getvalue(), (8, 4))):
+    xmp = file.getvalue()
+    start, stop = xmp.index(b"iTXt") - 4, xmp.index(b"IDAT") - 4
+    late_xmp = xmp[:start] + xmp[stop:-PNG_END] + xmp[start:stop] + xmp[-PNG_END:]
+    no_end, cut = late[:-PNG_END], late[: -PNG_END - 6]  # Pillow decodes the one, and not the other
+    for encoded in (late, xmp, late_xmp, no_end, without, behind):
+        sides = (4, 8) if encoded in (without, behind) else (8, 4)
+        found = decoding.header(encoded)
+        assert (found.height, found.width) == sides
+        assert decoding.decode(encoded, "", (1, 1), 3).shape[1] == sides[0] // 4
+    assert decoding.header(cut) == decoding.header(without)
+    with pytest.raises(OSError, match="Truncated File Read"):
+        decoding.decode(cut, "", (1, 1), 3)
+
+
+def test_data_after_the_pixels_of_a_png_that_is_damaged_makes_its_header_unreadable():
+    late = bytearray(exif_last(oriented("PNG", 6)))
+    late[-PNG_END - 1] ^= 1  # of the checksum of the EXIF data
+    with pytest.raises(decoding.UNREADABLE, match="cannot identify image file"):
+        decoding.header(bytes(late))
+
+
+def test_a_transparent_colour_after_the_pixels_of_a_png_is_an_alpha_channel():
+    file = io.BytesIO()
+    Image.new("L", (8, 4), 7).save(file, "PNG", transparency=7)
+    content = file.getvalue()
+    start, stop = content.index(b"tRNS") - 4, content.index(b"tRNS") + 10
+    late = content[:start] + content[stop:-PNG_END] + content[start:stop] + content[-PNG_END:]
+    for encoded in (content, late):
+        assert decoding.header(encoded).alpha
+        assert (decoding.decode(encoded, "", (4, 8), 3, (1, 2, 3)) == np.array([1, 2, 3])[:, None, None]).all()
+        with pytest.raises(InputError) as error:
+            decoding.decode(encoded, "x.png", (4, 8), 3)
+        assert str(error.value) == f"x.png has an alpha channel; {decoding.SET_BACKGROUND}"
+
+
+def test_the_orientation_of_an_animated_png_is_that_of_its_first_frame():
+    """Pillow does not read what comes after the pixels of the second frame when it decodes the first."""
+    exif, file, frames = Image.Exif(), io.BytesIO(), [Image.new("RGB", (8, 4), (value, 0, 0)) for value in (1, 2)]
+    exif[0x0112] = 6
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], exif=exif)
+    for encoded, sides in ((file.getvalue(), (8, 4)), (exif_last(file.getvalue()), (4, 8))):
         found = decoding.header(encoded)
         assert (found.height, found.width) == sides
         assert decoding.decode(encoded, "", (1, 1), 3).shape[1] == sides[0] // 4
 
 
-def test_an_index_without_orientations_is_made_again(tmp_path):
+@pytest.mark.parametrize("older", [1, 2])
+def test_an_index_of_an_older_format_is_made_again(tmp_path, older):
     root = tmp_path / "data"
     root.mkdir()
     (root / "a.jpg").write_bytes(oriented("JPEG", 6))
@@ -427,8 +521,10 @@ def test_an_index_without_orientations_is_made_again(tmp_path):
     data.update_index(spec, tmp_path)
     made, path = kept(tmp_path, spec), tmp_path / spec.index_file
     assert made.sides.tolist() == [[8, 4]]
-    index.write(path, replace(made, head=made.head.model_copy(update={"format": 1})))
+    index.write(path, replace(made, head=made.head.model_copy(update={"format": older})))
     assert index.read(path) is None
+    data.update_index(spec, tmp_path)
+    assert kept(tmp_path, spec).head.format == 3
 
 
 # --- many rows ---

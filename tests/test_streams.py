@@ -150,6 +150,24 @@ def test_images_without_a_caption_and_damaged_ones_are_skipped_within_the_limit(
         data.load_data(hf(path, caption_column="text", max_unreadable=3), 0).items(0, [1])
 
 
+def test_an_image_with_an_alpha_channel_needs_a_background(tmp_path):
+    (tmp_path / "x").mkdir()
+    file, path = io.BytesIO(), tmp_path / "x" / "a.parquet"
+    Image.new("RGBA", (SIDE, SIDE), (51, 51, 51, 255)).save(file, "png")
+    images = [{"bytes": image(0), "path": None}, {"bytes": file.getvalue(), "path": None}]
+    parquet.write_table(pa.table({"image": images}), path)
+    loaded = data.load_data(hf(tmp_path / "x", max_unreadable=1), 0)
+    assert len(loaded.items(0, [0]).samples) == 1
+    with pytest.raises(InputError) as error:
+        loaded.items(0, [1])
+    assert str(error.value) == (
+        f"row 1 ({path}) has an alpha channel; set the colour behind transparent pixels: data.background=white, black "
+        "or [red, green, blue]; opaque pixels keep their colours"
+    )
+    found = data.load_data(hf(tmp_path / "x", background="white"), 0).items(0, [1]).samples
+    assert torch.allclose(found, torch.tensor(-0.6))
+
+
 def test_a_url_is_read_by_ranges_and_its_index_once(tmp_path):
     root, path = tmp_path / "x", tmp_path / "x" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)

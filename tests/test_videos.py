@@ -122,10 +122,10 @@ def test_videos_that_cannot_be_used_are_skipped(tmp_path, capfd):
     make(tmp_path, [3, 2, 4, 3, 3, 3], name="{}\x1b/{}.png")
     save(tmp_path / "2\x1b" / "3.png", frame(0, 0)[:5])
     (tmp_path / "3\x1b" / "1.png").write_bytes(b"no image")
-    save(tmp_path / "4\x1b" / "2.png", np.zeros((HEIGHT, WIDTH, 4), np.uint8))
+    save(tmp_path / "4\x1b" / "2.png", np.full((HEIGHT, WIDTH, 4), 255, np.uint8))  # all pixels are opaque
     told = (
         f"{tmp_path.name}: 4 of 6 videos cannot be used: 1\ufffd: 2 frames, 3 are needed, 2\ufffd: its frames have "
-        "different sizes, 3\ufffd: frame 1.png cannot be decoded, 4\ufffd: frame 2.png has transparent pixels (set "
+        "different sizes, 3\ufffd: frame 1.png cannot be decoded, 4\ufffd: frame 2.png has an alpha channel (set "
         "data.background)"
     )
     with pytest.raises(InputError) as error:
@@ -162,6 +162,30 @@ def test_a_frame_that_is_found_damaged_later_costs_its_video(tmp_path):
     )
 
 
+def test_a_truncated_frame_is_found_when_its_video_is_used(tmp_path, capfd):
+    make(tmp_path, [3, 3, 3])
+    for video in ("0", "2"):
+        path = tmp_path / video / "1.png"
+        path.write_bytes(path.read_bytes()[:60])
+    for order in ([2, 0, 1], [1, 0, 2]):  # in whichever order processes come upon them
+        found = loaded(tmp_path, max_unreadable=2)
+        assert len(found) == 3 and found.unreadable == []
+        assert read(found.items(0, order).samples)[:, 0, 0, 0, 0].tolist() == [40] * 3
+        assert found.unreadable == [f"{video}: a frame cannot be decoded" for video in order if video != 1]
+    capfd.readouterr()
+
+
+def test_a_frame_with_values_out_of_range_is_named_when_its_video_is_used(tmp_path):
+    for number in range(3):
+        (tmp_path / "0").mkdir(exist_ok=True)
+        Image.fromarray(np.full((HEIGHT, WIDTH), number - 1, np.float32)).save(tmp_path / "0" / f"{number}.tiff")
+    with pytest.raises(InputError) as error:
+        loaded(tmp_path).items(0, [0])
+    assert str(error.value) == (
+        f"{tmp_path}/0/0.tiff (row 0) has values from -1 to -1; floating-point images must be finite and within 0 to 1"
+    )
+
+
 def test_headers_are_read_once_per_run(tmp_path, monkeypatch):
     root = make(tmp_path / "set", [4, 3])
     given = spec(root)
@@ -170,7 +194,7 @@ def test_headers_are_read_once_per_run(tmp_path, monkeypatch):
     data.update_index(given, tmp_path / "store", tmp_path / "run")
     digest = data.load_data(given, 0).digest
     indexed._INDEXES.clear()
-    monkeypatch.setattr(index, "read_all", lambda rows, wanted, flatten: pytest.fail("read") if len(wanted) else ())
+    monkeypatch.setattr(index, "read_all", lambda rows, wanted: pytest.fail("read") if len(wanted) else ())
     found = data.load_data(given, 0, tmp_path / "run", indexed=True)
     assert found.digest == digest == data.load_data(given, 0, tmp_path / "store").digest
     shutil.copy(root / "0" / "0.png", root / "0" / "2.png")

@@ -16,11 +16,15 @@ UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, KeyError, IndexError, TypeError),
     *(struct.error, Image.DecompressionBombError),
 )
-PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
-JPEG_END = b"\xff\xd9"
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_PIXELS = b"IDAT"
-PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of chunks that may hold an orientation
+PNG_MOVED = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"tRNS")  # chunks that may hold an orientation or a transparent colour
+PNG_STOP = (b"fcTL", b"IEND")  # chunks at which Pillow stops reading after the pixels
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag; its values that exchange height and width
+SET_BACKGROUND = (
+    "set the colour behind transparent pixels: data.background=white, black or [red, green, blue]; opaque pixels keep "
+    "their colours"
+)
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
@@ -34,8 +38,6 @@ class Header:
     width: int
     alpha: bool
     """whether the image has an alpha channel or a transparent colour"""
-    decoded: bool
-    """whether it must be decoded to check that it is complete and that its values are in range"""
 
 
 def _opened(encoded: bytes) -> Image.Image:
@@ -44,45 +46,42 @@ def _opened(encoded: bytes) -> Image.Image:
 
 
 def header(encoded: bytes) -> Header:
-    """Reads the header of an encoded image. Raises one of UNREADABLE if there is no valid header."""
-    with _opened(encoded) as image:
-        sure = image.mode[0] not in "IF" and _has_end(encoded, image.format)
-        sides = (image.width, image.height) if _is_turned(image, encoded) else (image.height, image.width)
-        return Header(*sides, _has_alpha(image), not sure)
+    """Reads the header of an encoded image, without decoding it. Raises one of UNREADABLE if it has no valid header.
 
-
-def _is_turned(image: Image.Image, encoded: bytes) -> bool:
-    """Whether decoding exchanges height and width, as the orientation in the EXIF or XMP data says. Reads no pixels,
-    except of a PNG file with such data after its pixels.
+    The header of an ICO file is the exception: Pillow decodes such files when it opens them.
     """
+    with _opened(_pixels_last(encoded)) as image:
+        sides = (image.width, image.height) if _is_turned(image) else (image.height, image.width)
+        return Header(*sides, _has_alpha(image))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether decoding exchanges height and width, as the orientation in the EXIF or XMP data says."""
     if image.format == "TIFF":
         return False  # Pillow has already exchanged the sides
-    if image.format == "PNG":
-        pixels = encoded.find(PNG_PIXELS)
-        if any(encoded.find(name, pixels) >= 0 for name in PNG_ORIENTATION):
-            image.load()
-    return Image.Image.getexif(image).get(ORIENTATION) in TURNED  # PngImageFile.getexif always reads the pixels
+    return Image.Image.getexif(image).get(ORIENTATION) in TURNED  # PngImageFile.getexif may decode the image
 
 
-def _has_end(encoded: bytes, kind: str | None) -> bool:
-    """Whether a PNG, JPEG or WebP file has its last bytes; False for other formats.
+def _pixels_last(encoded: bytes) -> bytes:
+    """Moves EXIF data, texts and a transparent colour that come after the pixels of a PNG file before the pixels.
 
-    A JPEG file may have other data after the end of the image.
+    Pillow reads what comes before the pixels when it opens a file, and the rest only when it decodes the file. Files of
+    other formats are returned unchanged.
     """
-    match kind:
-        case "PNG":
-            return encoded.endswith(PNG_END)
-        case "JPEG":
-            return encoded.rfind(JPEG_END) > len(encoded) // 2
-        case "WEBP":
-            return len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little")
-    return False
-
-
-def is_transparent(encoded: bytes) -> bool:
-    """Whether any pixel is transparent. Decodes the image if it has an alpha channel."""
-    with _opened(encoded) as image:
-        return bool(_has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255)
+    if not encoded.startswith(PNG_START):
+        return encoded
+    pixels, moved, start = 0, [], len(PNG_START)
+    while start + 12 <= len(encoded):  # a chunk: length of its content, name, content, checksum
+        stop = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        name = encoded[start + 4 : start + 8]
+        if pixels and name in PNG_STOP:
+            break
+        if name == PNG_PIXELS:
+            pixels = pixels or start
+        elif pixels and name in PNG_MOVED and stop <= len(encoded):
+            moved.append(encoded[start:stop])
+        start = stop
+    return b"".join([encoded[:pixels], *moved, encoded[pixels:]]) if moved else encoded
 
 
 def _has_alpha(image: Image.Image) -> bool:
@@ -97,22 +96,18 @@ def decode(
     The pixels are uint8, or float32 in [0, 1] for 16-bit and floating-point images.
 
     name: the name of the image in messages.
-    background: the colour behind transparent pixels. None: transparent pixels raise InputError.
+    background: the colour behind transparent pixels. None: the image must not have an alpha channel.
 
-    Raises InputError if floating-point values are not in 0 to 1, and one of UNREADABLE if the image cannot be decoded.
+    Raises InputError if the image has an alpha channel but there is no background, or if floating-point values are not
+    in 0 to 1. Raises one of UNREADABLE if the image cannot be decoded.
     """
     with _opened(encoded) as opened:
         image = ImageOps.exif_transpose(opened)
     if _has_alpha(image):
-        image = image.convert("RGBA")
-        if background is not None:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-        elif image.getchannel("A").getextrema()[0] < 255:
-            raise InputError(
-                f"{name} has transparent pixels; set data.background to white, black or [red, green, blue], or remove "
-                "the transparency"
-            )
-        image = image.convert("RGB")
+        if background is None:
+            raise InputError(f"{name} has an alpha channel; {SET_BACKGROUND}")
+        behind = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
     if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
         scale = np.float32(1 if image.mode == "F" else 65535)
         values = np.asarray(image, dtype=np.float32) / scale

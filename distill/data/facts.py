@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.core.errors import InputError
-from distill.data.decoding import UNREADABLE, decode, header, is_transparent
+from distill.data.decoding import UNREADABLE, header
 from distill.data.rows import FileRows, ImageRows, TarRows
 
 THREADS = 16  # threads that read files, because network file systems serve many requests at once
@@ -26,25 +25,23 @@ class State(IntEnum):
 
     FINE = 0
     BROKEN = 1
-    """cannot be decoded"""
-    TRANSPARENT = 2
-    OUT_OF_RANGE = 3
-    EMPTY = 4
+    """its header cannot be read"""
+    EMPTY = 2
     """the row has no image"""
-    MISSING = 5
-    DENIED = 6
-    UNREAD = 7
+    MISSING = 3
+    DENIED = 4
+    UNREAD = 5
     """not a regular file, or a read error"""
     # In a tar:
-    NO_IMAGE = 8
-    SEVERAL_IMAGES = 9
-    LINK = 10
-    REPEATED = 11
-    NO_CLASS = 12
-    CUT = 13
+    NO_IMAGE = 6
+    SEVERAL_IMAGES = 7
+    LINK = 8
+    REPEATED = 9
+    NO_CLASS = 10
+    CUT = 11
     """from here on, the row stands for damage to the tar itself"""
-    BAD_HEADER = 14
-    NO_SAMPLES = 15
+    BAD_HEADER = 12
+    NO_SAMPLES = 13
 
 
 REASONS = {
@@ -78,23 +75,23 @@ def times(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def read_all(rows: ImageRows, wanted: NDArray[np.int64], flatten: bool) -> Iterator[tuple[int, ImageFacts]]:
+def read_all(rows: ImageRows, wanted: NDArray[np.int64]) -> Iterator[tuple[int, ImageFacts]]:
     """Yields each of the rows `wanted` with its facts. Files are read by several threads."""
     if not isinstance(rows, FileRows | TarRows):
-        yield from ((row, _facts_of(rows, flatten, row)) for row in wanted.tolist())
+        yield from ((row, _facts_of(rows, row)) for row in wanted.tolist())
         return
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(wanted), CHUNK):
             tasks = [wanted[i : i + TASK].tolist() for i in range(start, min(start + CHUNK, len(wanted)), TASK)]
-            for task, facts in zip(tasks, pool.map(partial(_task, rows, flatten), tasks), strict=True):
+            for task, facts in zip(tasks, pool.map(partial(_task, rows), tasks), strict=True):
                 yield from zip(task, facts, strict=True)
 
 
-def _task(rows: ImageRows, flatten: bool, part: Sequence[int]) -> list[ImageFacts]:
-    return [_facts_of(rows, flatten, row) for row in part]
+def _task(rows: ImageRows, part: Sequence[int]) -> list[ImageFacts]:
+    return [_facts_of(rows, row) for row in part]
 
 
-def _facts_of(rows: ImageRows, flatten: bool, row: int) -> ImageFacts:
+def _facts_of(rows: ImageRows, row: int) -> ImageFacts:
     try:
         found = rows.read(row)
     except OSError as error:
@@ -103,21 +100,14 @@ def _facts_of(rows: ImageRows, flatten: bool, row: int) -> ImageFacts:
         return ImageFacts(known.get(error.errno or 0, State.UNREAD))
     if found is None:
         return ImageFacts(State.EMPTY)
-    facts = _of_bytes(found.content, flatten)
+    facts = _of_bytes(found.content)
     file = times(found.file) if found.file is not None else (0, 0, 0)
     return replace(facts, file=file, sha256=hashlib.sha256(found.content).digest())
 
 
-def _of_bytes(content: bytes, flatten: bool) -> ImageFacts:
+def _of_bytes(content: bytes) -> ImageFacts:
     try:
         head = header(content)
-        facts = ImageFacts(State.FINE, (head.height, head.width), head.alpha)
-        if head.alpha and not flatten and is_transparent(content):
-            return replace(facts, state=State.TRANSPARENT)
-        if head.decoded:
-            decode(content, "", (1, 1), 3, (0, 0, 0))
-    except InputError:
-        return replace(facts, state=State.OUT_OF_RANGE)
     except UNREADABLE:
         return ImageFacts(State.BROKEN)
-    return facts
+    return ImageFacts(State.FINE, (head.height, head.width), head.alpha)

@@ -12,7 +12,7 @@ from distill.core.errors import InputError, RunError
 from distill.data import skipping
 from distill.data.aspects import nearest
 from distill.data.cropping import Cropped, cropped
-from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
+from distill.data.decoding import COLOURS, SET_BACKGROUND, UNREADABLE, Colour, covering, decode
 from distill.data.facts import REASONS, State
 from distill.data.index import ImageIndex
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
@@ -32,8 +32,8 @@ class ImageData:
     Images that the index lists as damaged, or without a usable caption, are reported and skipped. If an image turns out
     to be damaged when it is decoded, the next image takes its place. More than options.max_unreadable damaged images
     raise InputError. Grey images are repeated to three channels in a colour data set, and colour images are converted
-    to grey in a grey one. Transparent images need options.background. With options.buckets, samples have the size of
-    the bucket with the most similar aspect ratio.
+    to grey in a grey one. Images with an alpha channel need options.background. With options.buckets, samples have the
+    size of the bucket with the most similar aspect ratio.
     """
 
     encoded = False
@@ -51,10 +51,10 @@ class ImageData:
         self._sizes = options.sizes
         # The position in _sizes of each row's size; without buckets, it is 0 for all rows.
         self._size_of = None if options.buckets is None else nearest(index.sides, self._sizes)
-        self._refuse()
-        unusable = (index.state == State.BROKEN) | (index.state >= State.EMPTY)
+        unusable = index.state != State.FINE
         if self.prompts is not None:
             unusable |= index.labels < 0
+        self._refuse(~unusable)
         self._readable = UsableRows(len(index), np.flatnonzero(unusable))
         self.buckets = None if self._size_of is None else self._in_buckets(self._size_of[~unusable])
         self.skipped: list[int] = []
@@ -166,18 +166,15 @@ class ImageData:
 
     # --- checks ---
 
-    def _refuse(self) -> None:
+    def _refuse(self, usable: NDArray[np.bool_]) -> None:
         """Raises InputError if images cannot be used as they are; one message lists all with the same problem."""
         index, total = self._index, len(self._index)
-        out_of_range = np.flatnonzero(index.state == State.OUT_OF_RANGE)
-        if len(out_of_range):
-            self._decoded(int(out_of_range[0]))  # raises InputError with the range of values
-        transparent = np.flatnonzero(index.state == State.TRANSPARENT)
-        if len(transparent) and self._background is None:
+        has_alpha = (index.alpha != 0) & usable
+        if self._background is None and has_alpha.any():
+            rows = np.flatnonzero(has_alpha)
             raise InputError(
-                f"{self.name}: {len(transparent)} of {total} images have transparent pixels: "
-                f"{self._names(transparent)}; set their background: data.background=white, black or "
-                "[red, green, blue]"
+                f"{self.name}: {len(rows)} of {total} images have an alpha channel: {self._names(rows)}; "
+                f"{SET_BACKGROUND}"
             )
         if self._background is not None and not index.alpha.any():
             raise InputError(
@@ -239,7 +236,7 @@ def _digest(
     if index.captions is not None:
         content.update(index.captions.prompts.digest.encode())
     has_bytes = index.state < State.EMPTY
-    usable = has_bytes & (index.state != State.BROKEN)
+    usable = index.state == State.FINE
     if len(index.labels):
         usable &= index.labels >= 0
     fields = [(index.sha256, has_bytes), (usable, has_bytes), *([(index.labels, usable)] if len(index.labels) else [])]

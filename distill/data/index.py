@@ -1,8 +1,7 @@
 """The index of an image data set: checksum, size, state and label of every image, computed once for all runs.
 
-To make an index, each file is read once for its checksum and its header. An image is decoded only if the header cannot
-tell whether the image is usable: if its end is missing, if it has an alpha channel, if its values may be out of range,
-or if its format is rare. Damage in the middle of a file is found when the image is used.
+To make an index, each file is read once for its checksum and its header. No image is decoded. Damage after the header,
+and values that are out of range, are found when the image is used.
 
 STORE/indexes holds indexes for later runs. RUN/indexes holds a copy for the ranks and stages of one run, which other
 runs do not change. A file whose size and timestamps have not changed is not read again. Indexes can be deleted at any
@@ -40,8 +39,8 @@ class _Head(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[2] = 2
-    """1: sides without the orientation in the EXIF data"""
+    format: Literal[3] = 3
+    """1: sides without the orientation in the EXIF data; 2: other states, for which some images were decoded"""
     num_classes: int | None = Field(ge=1, le=MAX_CLASSES)
     stamp: str
     """fingerprint of the table that holds the rows; empty: the rows are files"""
@@ -56,7 +55,7 @@ class ImageIndex:
     head: _Head
     state: NDArray[np.uint8]  # [N], values of State
     sides: NDArray[np.int32]  # [N, 2]: height, width of the decoded image
-    alpha: NDArray[np.uint8]  # [N]: whether there is an alpha channel
+    alpha: NDArray[np.uint8]  # [N]: whether there is an alpha channel or a transparent colour
     file: NDArray[np.int64]  # [N, 3]: size in bytes, mtime and ctime in ns since 1970
     sha256: NDArray[np.uint8]  # [N, 32], of the stored bytes
     labels: NDArray[np.int64]  # [N], or [0] if unconditional
@@ -209,11 +208,10 @@ def write(path: Path, index: ImageIndex) -> None:
     arrayfile.write(path, index.head, {name: value for name, value in arrays.items() if value is not None})
 
 
-def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageIndex:
+def make(found: FoundImages, old: ImageIndex | None) -> ImageIndex:
     """Makes the index of a data set. Entries of `old` are reused for unchanged images.
 
-    Returns `old` itself if nothing has changed. flatten: there is a background for transparent images, so they need not
-    be decoded to check whether they are transparent.
+    Returns `old` itself if nothing has changed.
     """
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
@@ -247,7 +245,7 @@ def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageI
     if old is not None and (known >= 0).any():
         for name in ("state", "sides", "alpha", "file", "sha256"):
             getattr(index, name)[known >= 0] = getattr(old, name)[known[known >= 0]]
-    for row, facts in read_all(rows, new, flatten):
+    for row, facts in read_all(rows, new):
         if found.in_tars is not None and facts.file != tuple(index.file[row].tolist()):
             raise RunError(f"{rows.name(row)} changed while the data was indexed; start again once it is complete")
         index.state[row], index.alpha[row] = facts.state, facts.alpha

@@ -57,6 +57,6 @@ class IndexedImages(Generic[K]):
         place = spec.index_file
         known = _INDEXES.get(place, known)
         found = self.found(spec, known)
-        now = index.make(found, known, flatten=spec.background is not None)
+        now = index.make(found, known)
         _INDEXES[place] = now
         return found.rows, now

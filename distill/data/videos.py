@@ -30,10 +30,9 @@ from distill.spec.model import VideosData
 from distill.spec.videofolder import VideoFolder
 
 SHOWN = 5  # maximum number of names in a message
-CANNOT = {  # why a frame cannot be used
+CANNOT = {  # why a frame cannot be used, by its state
+    State.FINE: "has an alpha channel (set data.background)",  # the only fault of such a frame
     State.BROKEN: "cannot be decoded",
-    State.TRANSPARENT: "has transparent pixels (set data.background)",
-    State.OUT_OF_RANGE: "has floating-point values outside 0 to 1",
     State.EMPTY: "is empty",
     **{state: REASONS[state] for state in (State.MISSING, State.DENIED, State.UNREAD)},
 }
@@ -174,11 +173,13 @@ class VideoData:
     def _found_faults(self) -> dict[int, str]:
         """Number of each video that cannot be used -> why, in the order of the videos."""
         index, options, first = self._index, self._options, self._first
-        damaged = (index.state != State.FINE) & ~((index.state == State.TRANSPARENT) & (self._background is not None))
+        unusable = index.state != State.FINE
+        if self._background is None:
+            unusable |= index.alpha != 0
         faults: dict[int, str] = {}
-        for video in np.flatnonzero(np.logical_or.reduceat(damaged, first)).tolist():
+        for video in np.flatnonzero(np.logical_or.reduceat(unusable, first)).tolist():
             frames = range(first[video], first[video] + self._counts[video])
-            row = next(row for row in frames if damaged[row])
+            row = next(row for row in frames if unusable[row])
             faults[video] = f"{self._frame(row)} {CANNOT.get(State(int(index.state[row])), 'cannot be used')}"
         low, high = np.minimum.reduceat(index.sides, first), np.maximum.reduceat(index.sides, first)
         for video in np.flatnonzero((low != high).any(1)).tolist():

@@ -164,7 +164,7 @@ class ImageOptions(DataKind):
     max_unreadable: int = Field(0, ge=0)
     """how many images that cannot be decoded may be skipped (with a warning); with more, the run stops"""
     background: Background = None
-    """background for transparent images: white, black or [red, green, blue]; null: transparent images are an error"""
+    """colour behind transparent pixels: white, black or [red, green, blue]; null: no image may have an alpha channel"""
     buckets: FittingBuckets = None
     """train on images of several aspect ratios, with 0.9 to 1 times the area of size; null: all have this size"""
 

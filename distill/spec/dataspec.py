@@ -355,7 +355,7 @@ class VideosData(DataKind):
     max_unreadable: int = Field(0, ge=0)
     """how many videos that cannot be used may be skipped (with a warning); with more, the run stops"""
     background: Background = None
-    """background for transparent frames: white, black or [red, green, blue]; null: transparent frames are an error"""
+    """colour behind transparent pixels: white, black or [red, green, blue]; null: no frame may have an alpha channel"""
 
     @property
     def span(self) -> int:
