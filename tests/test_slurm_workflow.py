@@ -184,11 +184,10 @@ FAIL = {
 }
 
 
-@pytest.mark.parametrize(
-    "names", [("twice", "refuses"), pytest.param(("once", "often"), marks=pytest.mark.long)], ids="-".join
-)
+@pytest.mark.long
+@pytest.mark.parametrize("names", [("twice", "refuses"), ("once", "often")], ids="-".join)
 def test_recipes_that_fail(capfd, cluster, here, names):
-    """At the same time: they wait most of it."""
+    """At the same time: they wait most of it. tests/test_verdicts.py has the decisions without Slurm."""
     text = (registry.package_folder() / "pretrain" / "flow_matching.py").read_text()
     for name in names:
         mine = text.replace("from collections.abc", "import os\nfrom collections.abc", 1)
