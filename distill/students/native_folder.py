@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
@@ -23,7 +22,7 @@ from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
 from distill.students.native import FIRST, SECOND
-from distill.teachers import checkpoint, files, layout, weights
+from distill.teachers import checkpoint, files, layout, pipeline_index, weights
 from distill.teachers.checkpoint import TeacherCheckpoint
 from distill.teachers.loaded import Packaging
 from distill.teachers.network_field import EdmField, NetworkField, linear_call
@@ -32,6 +31,7 @@ from distill.teachers.read import parse, unreadable
 SECOND_TIME = "second_time.safetensors"  # the weights of the embedding of t - s, in a flow map
 ACCELERATION = "acceleration"  # prefix of the folders of the acceleration's networks
 SHARD = "5GB"
+DISTILLED = {"is_distilled": True}  # of pipelines that then use no classifier-free guidance
 
 
 def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard) -> StudentCard:
@@ -47,15 +47,13 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     _write_json(folder / "scheduler" / layout.SCHEDULER, scheduler)
     base = native.base_of(network)
     name, first = next(networks(base))
-    index: dict[str, object] = {
-        "_class_name": packaging.pipeline or native.convention_for(base).pipeline_of(dict(first.config)),
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        **{each: ["diffusers", type(part).__name__] for each, part in networks(base)},
-    }
+    pipeline = packaging.pipeline or native.convention_for(base).pipeline_of(dict(first.config))
+    options = {**packaging.options, **pipeline_index.options_of(pipeline, DISTILLED)}
     if isinstance(base, Experts):
-        index["boundary_ratio"] = base.boundary / (scheduler.get("num_train_timesteps") or 1000)
-    _write_json(folder / layout.INDEX, index)
+        options["boundary_ratio"] = base.boundary / (scheduler.get("num_train_timesteps") or 1000)
+    components = {each: ["diffusers", type(part).__name__] for each, part in networks(base)}
+    components["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    _write_json(folder / layout.INDEX, pipeline_index.index_of(pipeline, components, options))
     return card.model_copy(update={"network": type(first).__name__, "component": name})
 
 

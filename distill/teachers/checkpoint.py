@@ -25,12 +25,12 @@ from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import encoder_files, files, lora, schedulers, single_file, weights
+from distill.teachers import encoder_files, files, lora, pipeline_index, schedulers, single_file, weights
 from distill.teachers.conditions import ConditionFile, encoder_of, planned
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention, sides_of_patch
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
-from distill.teachers.layout import CONFIG, SECOND
+from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
 from distill.teachers.read import Config, StudentFacts, lasting, parse, short
@@ -140,7 +140,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
         license=license_of(parts.root, parts.student),
         codec=facts.codec,
         call=call,
-        packaging=Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen)),
+        packaging=_packaging(spec, parts, schedule, chosen),
     )
 
 
@@ -216,6 +216,14 @@ def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[st
     """The options of the spec that change what the network computes; those with their defaults are left out."""
     found = spec.model_dump(include={"size", "embedded_guidance", "dtype"}, exclude_defaults=True)
     return found | ({} if conditions is None else {"conditions": conditions.digest})
+
+
+def _packaging(
+    spec: CheckpointTeacher, parts: files.Parts, schedule: Schedule | None, chosen: Path | None
+) -> Packaging:
+    index = {} if parts.pipeline is None else parse(parts.pipeline / INDEX)
+    options = pipeline_index.options_of(parts.pipeline_class, index)
+    return Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen), options)
 
 
 def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path | None) -> Config:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as new_field
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ class Packaging:
 
     pipeline: str  # name of the pipeline class; "" if there was only the network
     scheduler: Mapping[str, Any]  # content of the scheduler config
+    options: Mapping[str, Any] = new_field(default_factory=dict)  # of the pipeline class, as in model_index.json
 
 
 @dataclass(frozen=True)
