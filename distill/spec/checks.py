@@ -16,6 +16,7 @@ from distill.spec import (
     launchspec,
     pairspec,
     resolved,
+    rolechecks,
     specfile,
     trainspec,
 )
@@ -81,6 +82,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
                 continue
             recipe = found.recipes[name]
             yield from _recipe(stage, recipe, where)
+            yield from rolechecks.mistakes(found, stage, where)
             yield from _train(found, stage, recipe, where)
             yield from _guidance(found, stage, FieldSettings(recipe.guidance_scale), f"{where}.options")
         elif isinstance(stage, PairsStage):

@@ -41,6 +41,7 @@ from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     TarsData,
     VideosData,
 )
+from distill.spec.rolespec import LoraSpec, MlpSpec, NetworkSpec, StudentSpec, UNetSpec  # noqa: F401  (parts of the spec)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
 
 # --- teachers ---
@@ -133,37 +134,6 @@ class CheckpointTeacher(FrozenModel):
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
 
-# --- networks ---
-
-
-class UNetSpec(FrozenModel):
-    """A new pixel U-Net (diffusers UNet2DModel) for samples of the data's shape."""
-
-    kind: Literal["unet"]
-    channels: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], Field(max_length=12)]
-    """channels at each resolution, finest first"""
-    layers_per_block: Annotated[int, Field(gt=0, le=100)] = 1
-    """residual blocks at each resolution"""
-    attention: bool = False
-    """self-attention at the coarsest resolution"""
-    norm_groups: Annotated[int, Field(gt=0, le=16384)] = 8
-    """number of groups of the group norms; every entry of channels must be a multiple of it"""
-    dropout: Fraction = 0.0
-    """probability of dropping a feature in training"""
-
-
-class MlpSpec(FrozenModel):
-    """A new MLP for vectors of the teacher's dimension."""
-
-    kind: Literal["mlp"]
-    width: Annotated[int, Field(gt=0, le=65536)] = 192
-    """units of a hidden layer"""
-    depth: Annotated[int, Field(gt=0, le=1000)] = 3
-    """hidden layers"""
-
-
-NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
-
 # --- stages ---
 
 
@@ -213,6 +183,11 @@ class TrainStage(FrozenModel):
     """train a new network; null: start from the network of init or of the teacher, with its weights"""
     dropout: Fraction | None = None
     """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
+    student: StudentSpec | None = None
+    """train a new student of the teacher's network class, but of another size; null: of the teacher's size"""
+    lora: Annotated[dict[Name, LoraSpec], Field(max_length=16)] = {}
+    """networks that are trained as adapters of the teacher's, by their name in the recipe, such as student or critic;
+    networks without an entry are trained in full"""
     pairs: Name | dict[Name, Fraction] | None = None
     """pairs stage to train on; or several, with the fraction of each in a batch: {pairs: 0.8, forward: 0.2}"""
     images: Images
@@ -319,7 +294,9 @@ class LaunchSpec(FrozenModel):
 
 
 # Fields of stages, of the teacher and of the kinds of data that were added after 0.2.0.
-ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}
+ADDED = {
+    "guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance", "student", "lora",
+}  # fmt: skip
 ADDED_TO_TEACHER = {
     "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
 }  # fmt: skip
@@ -377,12 +354,16 @@ class RunSpec(FrozenModel):
         Defaults of fields that earlier versions did not have are left out, so that it is the same as theirs.
         """
         content = self.model_dump(mode="json", exclude={"launch", "name"})
-        for name, stage in self.stages.items():
-            content["stages"][name] = _without_defaults(content["stages"][name], stage, ADDED)
+        content["stages"] = {name: stage_content(stage) for name, stage in self.stages.items()}
         content["data"] = _without_defaults(content["data"], self.data, ADDED_TO_DATA.get(self.data.kind, set()))
         if self.teacher is not None:
             content["teacher"] = _without_defaults(content["teacher"], self.teacher, ADDED_TO_TEACHER)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def stage_content(stage: Stage) -> dict[str, Any]:
+    """The fields of a stage, without defaults of those that earlier versions did not have."""
+    return _without_defaults(stage.model_dump(mode="json"), stage, ADDED)
 
 
 def _without_defaults(content: dict[str, Any], of: BaseModel, added: set[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from distill.flow.draws import Rows, StepDraw, key
 from distill.protocols import Draw, Init, Loss, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
-from distill.spec.model import TrainStage
+from distill.spec.model import TrainStage, stage_content
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
 from distill.training.optimizer import learning_rate
@@ -87,7 +87,7 @@ def train(
     """
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
-    settings = {"draws": DRAWS, "seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
+    settings = {"draws": DRAWS, "seed": seed, "stage": stage_content(stage), "inputs": dict(inputs or {})}
     environment = _environment(device, micro_batch, world, sharding)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
