@@ -151,10 +151,10 @@ def test_prompts_that_are_refused(capfd, flux, tmp_path, content, said):
 
 
 def test_windows_line_ends_are_not_part_of_a_prompt(tmp_path):
-    from distill.cli.encode import read
+    from distill.cli.prompt_options import of_file
 
     (tmp_path / "prompts.txt").write_bytes(b"a b\r\nc\r\n")
-    assert read(tmp_path / "prompts.txt") == ["a b", "c"]
+    assert of_file(tmp_path / "prompts.txt") == ["a b", "c"]
 
 
 def test_pipelines_that_are_refused(capfd, flux, folder, prompts, tmp_path):

@@ -11,10 +11,11 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
+from distill.exchange.student_card import StudentCard
 from distill.runs import cached, todo
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, schema, specfile
-from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
+from distill.spec.model import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 
 if TYPE_CHECKING:
     import torch
@@ -149,9 +150,45 @@ def teacher_of(student: Path) -> TeacherSpec:
 def teacher_of_run(student: Path) -> TeacherSpec | None:
     """The teacher of the spec of the student's run; None if the student is not part of a run."""
     run = RunPaths(student.parent.parent)
-    if student.parent.name != "students" or not run.spec.is_file():
+    if not _is_in_run(student):
         return None
     return cached.with_conditions(todo.load_spec(run), run).teacher
+
+
+def prompted_teacher(
+    given: str | None, card: StudentCard, student: Path, store: Path, classes: str
+) -> CheckpointTeacher:
+    """The teacher whose text encoders encode prompts for a student: that of --teacher, or of the student's run.
+
+    InputError if the student takes no prompts, or if there is no such teacher. classes: what --classes gives.
+    """
+    if card.num_classes is not None or not card.takes_conditions:
+        kind, remedy = "is unconditional", "leave the prompts out"
+        if card.num_classes is not None:
+            kind, remedy = f"is conditional on {card.num_classes} classes", "use --classes instead of prompts"
+        raise InputError(f"{student.name} {kind}, and takes no prompts; {remedy}")
+    if classes:
+        raise InputError(f"--classes: {student.name} takes prompts, so this has no effect; remove it")
+    run = RunPaths(student.parent.parent)
+    if given is not None:
+        found: TeacherSpec | None = teacher(given, store)
+    else:
+        found = todo.load_spec(run).teacher if _is_in_run(student) else None
+    if not isinstance(found, CheckpointTeacher):
+        raise InputError(
+            f"{student.name}: prompts are encoded by the text encoders of its teacher's pipeline; name it with "
+            "--teacher, a folder or hub id"
+        )
+    if given is not None and found.conditions is not None:
+        raise InputError(
+            f"--teacher: conditions={found.conditions} and prompts were given, but samples have either; remove one of "
+            "both"
+        )
+    return found.model_copy(update={"conditions": None})
+
+
+def _is_in_run(student: Path) -> bool:
+    return student.parent.name == "students" and RunPaths(student.parent.parent).spec.is_file()
 
 
 def data_of(student: Path) -> DataSpec:
@@ -161,6 +198,6 @@ def data_of(student: Path) -> DataSpec:
 
 def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:
     run = RunPaths(student.parent.parent)
-    if student.parent.name != "students" or not run.spec.is_file():
+    if not _is_in_run(student):
         raise InputError(f"{student} is not part of a run, so its {option[2:]} is not known; give {option}")
     return todo.load_spec(run), run.root

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
+from distill.cli import prompt_options
 from distill.cli.common import StoreOption, near
 from distill.cli.inspect import checkpoint
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say, say_error
 from distill.core.space import human
-from distill.core.text import is_text, suggest
+from distill.core.text import suggest
 
 SUFFIX, DTYPES = ".safetensors", ("float32", "bfloat16", "float16")
 
@@ -35,7 +36,7 @@ def encode(
     """Encode prompts by the text encoders of a teacher's pipeline, once, so that training needs no text encoder."""
     from distill.cli import arguments
 
-    lines = read(prompts)
+    lines = prompt_options.of_file(prompts)
     spec = checkpoint(teacher, store)
     if out.suffix != SUFFIX:
         raise InputError(f"--out {out}: give the name of a {SUFFIX} file")
@@ -59,23 +60,3 @@ def encode(
     fields = ", ".join(f"{name} {list(each.shape[1:])}" for name, each in rows.items())
     say(f"wrote {near(out.absolute())}: {len(lines):,} prompts and the unconditional call; {fields}")
     say(f"use it in a spec: teacher: {{path: {teacher}, conditions: {out}}}")
-
-
-def read(path: Path) -> list[str]:
-    """The lines of a file with prompts. InputError if there are none, or if one is empty."""
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; give a text file with one prompt on each line"
-        ) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file (UTF-8); give one prompt on each line") from None
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            what = "is empty" if len(lines) > 1 else "is empty, and there is no other"
-            raise InputError(f"{path}: line {number} {what}; give one prompt on each line, and remove empty lines")
-        if not is_text(line):
-            raise InputError(f"{path}: line {number} contains a control character; remove it")
-    return lines

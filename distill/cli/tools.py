@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from distill.cli import prompt_options
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
+from distill.cli.prompt_options import PromptOption, PromptsOption
 from distill.cli.schedule import fitted_solver, refuse_schedule, schedule_along
 from distill.core.collection import importing
 from distill.core.errors import InputError
@@ -15,6 +17,7 @@ from distill.core.text import suggest
 from distill.exchange import student_card
 from distill.runs.run_store import find_run
 from distill.spec.kinds import FITTED
+from distill.spec.model import TeacherSpec
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
@@ -39,23 +42,30 @@ def sample(
         str | None, typer.Option(help="Step times, like 1,0.6,0; replaces --steps and --schedule.")
     ] = None,
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=1_000_000)] = 64,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Number of samples; by default one for each prompt, else 64.", min=1, max=1_000_000),
+    ] = None,
     classes: Annotated[
         str, typer.Option(help="One class, or one for each sample, like 3 or 0,1,2; by default all classes in turn.")
     ] = "",
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            help=f"{TeacherHelp} A student that works on latents uses its size, conditions and autoencoder. By default "
-            "the teacher of the student's run."
+            help=f"{TeacherHelp} A student that works on latents uses its size, autoencoder, and conditions or text "
+            "encoders. By default the teacher of the student's run."
         ),
     ] = None,
     device: DeviceOption = "auto",
     store: StoreOption = None,
 ) -> None:
-    """Draw samples of a student."""
+    """Draw samples of a student, of classes or prompts in turn."""
     from distill.cli import arguments
 
+    texts = prompt_options.given(prompt, prompts)
+    count = count or len(texts) or 64
     labels = arguments.numbers("--classes", classes) if classes else None
     runs, along = store_path(store), arguments.times("--times", times) if times else None
     refuse_schedule(schedule, times, ("uniform", "optimal", FITTED))
@@ -66,14 +76,18 @@ def sample(
     if out.absolute().parent.is_dir():
         check_out(out.absolute().parent)
     folder = arguments.student(student, runs)
-    steps = len(along) - 1 if along else steps or student_card.read(folder).fewest_steps
+    card = student_card.read(folder)
+    steps = len(along) - 1 if along else steps or card.fewest_steps
+    if texts:
+        like: TeacherSpec | None = arguments.prompted_teacher(teacher, card, folder, runs, classes)
+    else:
+        like = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of_run(folder)
     with importing():
         from distill.evaluation import sample
 
     place = arguments.device(device)
-    like = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of_run(folder)
     sample.write_samples(
-        folder, out, like=like, steps=steps, seed=seed, count=count, labels=labels, device=place,
+        folder, out, like=like, prompts=texts, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedule_along(schedule, along, steps, runs, place),
         fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
     )  # fmt: skip

@@ -1,6 +1,9 @@
 """`distill sample`: samples of a student folder, as a picture or as numbers."""
 
-from collections.abc import Callable, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,11 +14,12 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
 from distill.flow.draws import sample_labels, sample_noise
-from distill.spec.model import TeacherSpec
+from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import fitted, loaded
 from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import fresh_noises, grid, of_student
+from distill.teachers import encoding
 
 BLOCK = 250  # samples that are made together, at most
 
@@ -29,13 +33,15 @@ def write_samples(
     count: int,
     labels: Sequence[int] | None,
     device: torch.device,
+    prompts: Sequence[str] = (),
     like: TeacherSpec | None = None,
     along: Callable[[LoadedStudent], Sequence[float]] | None = None,
     fit: Callable[[LoadedStudent], FittedSolver] | None = None,
 ) -> None:
     """Write samples of a student as a picture (.png), or with their noises and labels (.safetensors).
 
-    like: see `load_student`.
+    like: see `load_student`. Its text encoders encode the `prompts`, which samples use in turn; their memory is free
+    before the student is loaded. Without prompts, its conditions are used.
     labels: one class for all samples, one class for each sample, or None for all classes in turn.
     along: returns the step times to use; None: the student's times for this number of steps.
     fit: returns the solver to use; None: the student's sampler.
@@ -46,7 +52,8 @@ def write_samples(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (tensors)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    student = loaded.load_student(folder, device, like)
+    with _of_prompts(prompts, like, device) as given:
+        student = loaded.load_student(folder, device, given)
     times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
     noise = sample_noise(seed, range(count), student.shape)
@@ -67,13 +74,26 @@ def write_samples(
             tensors["fresh"] = torch.stack(fresh)  # [N - 1, count, ...], as the student's pipeline takes them
         if classes is not None:
             tensors["class_labels"] = classes
-        write_atomic(out, save(tensors))
+        write_atomic(out, save(tensors, {"prompts": json.dumps(prompts)} if prompts else None))
     elif samples.ndim > 2:
         columns = columns_for(count, student.num_classes if labels is None else None)
         images = torch.cat([as_images(student.codec.decode(part.to(device)).cpu()) for part in parts])
         write_atomic(out, images_png(images, min(columns, count)))
     else:
         write_atomic(out, scatter_png(samples, None))
+
+
+@contextmanager
+def _of_prompts(prompts: Sequence[str], like: TeacherSpec | None, device: torch.device) -> Iterator[TeacherSpec | None]:
+    """The teacher with the conditions of the prompts, in a temporary file; `like` if there are none."""
+    if not prompts:
+        yield like
+        return
+    assert isinstance(like, CheckpointTeacher), "its text encoders are needed"
+    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
+        path = Path(temporary) / "prompts.safetensors"
+        encoding.write(like, prompts, path, device)
+        yield like.model_copy(update={"conditions": str(path)})
 
 
 def _labels(student: LoadedStudent, count: int, labels: Sequence[int] | None) -> Tensor | None:

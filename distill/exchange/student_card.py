@@ -132,6 +132,11 @@ class StudentCard(FrozenModel):
         return self
 
     @property
+    def takes_conditions(self) -> bool:
+        """Whether it may take prompts: it works as the network of its teacher's pipeline does."""
+        return bool(self.network)
+
+    @property
     def fewest_steps(self) -> int:
         """The smallest number of steps that the student is made for."""
         return min(self.t_grids, default=1)

@@ -1,5 +1,6 @@
-"""Encodes prompts by the text encoders of a teacher's pipeline, for `distill encode`. Its network is not loaded."""
+"""Encodes prompts by the text encoders of a teacher's pipeline. Its network is not loaded."""
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from distill.core.errors import InputError
 from distill.flow.conditioning import HeldRows
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files, weights
+from distill.teachers import conditions, files, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
@@ -26,6 +27,7 @@ from distill.teachers.layout import INDEX
 from distill.teachers.read import Config, parse, short
 
 LIBRARIES = ("diffusers", "transformers")
+BATCH = 8  # prompts that `write` encodes together
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class UnloadedNetwork:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """The text encoders of a pipeline, in a pipeline without network and autoencoder. digest: of their files."""
+    """The text encoders of a pipeline, in a pipeline without network and autoencoder.
+
+    digest: of their files; empty if it was not asked for.
+    """
 
     pipeline: DiffusionPipeline
     convention: Convention
@@ -118,11 +123,29 @@ def check(spec: CheckpointTeacher) -> tuple[Facts, EncoderFiles]:
     return facts, found
 
 
-def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+def write(spec: CheckpointTeacher, prompts: Sequence[str], path: Path, device: torch.device) -> None:
+    """Writes the conditions of prompts to a file, for a use at once: the digest of the encoders is not in it.
+
+    The encoders compute in the data type of the teacher, and their memory is free again when this returns. InputError
+    as `load` and `TextEncoders.encode` raise it.
+    """
+    encoders = load(spec, device, getattr(torch, spec.dtype), identify=False)
+    rows, null = encoders.encode(prompts, "", BATCH, lambda done: None)
+    conditions.write(path, rows, null)
+    encoders.pipeline.to("cpu")
+    del encoders
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype, *, identify: bool = True) -> TextEncoders:
     """Loads tokenizers and text encoders of a pipeline folder by its class in diffusers.
 
     Only safetensors files are loaded, and no code from the folder is run. InputError if the pipeline has no text
     encoder, or if one cannot be loaded.
+
+    identify: compute the digest of their files, for which all of them are read once more.
     """
     facts, found = check(spec)
     parts = files.find(spec, download=False, encoders=True)
@@ -150,7 +173,7 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> T
     pipeline.to(device)
     network = weights.without_weights(parts.model, facts.content, facts.network_class)
     setattr(pipeline, parts.model.name, UnloadedNetwork(network.config, dtype))
-    return TextEncoders(pipeline, convention, facts, found.digest)
+    return TextEncoders(pipeline, convention, facts, found.digest if identify else "")
 
 
 @contextmanager
