@@ -1,0 +1,141 @@
+"""Extracts a LoRA from a student: the best approximation of its change by matrices of a low rank.
+
+The change of a layer is the student's weight minus that of the base. Its singular value decomposition (SVD), cut off
+after `rank` values, is the matrix of this rank with the smallest squared error (Eckart and Young, 1936).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from distill.core.errors import InputError
+from distill.students.lora_weights import LoraLayer, LoraWeights
+from distill.students.merging import adaptable
+from distill.teachers.read import short
+
+
+@dataclass(frozen=True)
+class DecomposedLayer:
+    """The change of one layer as left diag(values) right, cut off after the largest singular values.
+
+    left: [out, k]. right: [k, in, ...], with the kernel of a convolution. energy: sum of all squared singular values.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    energy: float
+
+    def kept(self, rank: int) -> float:
+        """The share of the energy, the squared sum of the change, that this rank keeps, in [0, 1]."""
+        return min(1.0, self.values[:rank].square().sum().item() / self.energy)
+
+    def at(self, rank: int) -> LoraLayer:
+        """The LoRA of this rank, or of all values if there are fewer. Alpha is the rank, so the factor is 1."""
+        root = self.values[:rank].sqrt()
+        up = (self.left[:, :rank] * root).float()
+        down = (root[:, None] * self.right[:rank].flatten(1)).float().reshape(-1, *self.right.shape[1:])
+        shape = up.shape + (1,) * (down.ndim - 2)
+        return LoraLayer(down.contiguous(), up.reshape(shape).contiguous(), float(len(root)))
+
+
+@dataclass(frozen=True)
+class DecomposedChange:
+    """What has changed between two networks of one class.
+
+    layers: by the name of the layer. others: the squared sum of the change of every other parameter by its name, such
+    as norms and biases, which a LoRA cannot hold. Unchanged ones are in neither.
+    """
+
+    layers: Mapping[str, DecomposedLayer]
+    others: Mapping[str, float]
+
+    @cached_property
+    def energy(self) -> float:
+        """The squared sum of the whole change."""
+        return sum(each.energy for each in self.layers.values()) + sum(self.others.values())
+
+    def kept(self, rank: int) -> float:
+        """The share of the energy of the whole change that a LoRA of this rank keeps."""
+        return sum(each.kept(rank) * each.energy for each in self.layers.values()) / self.energy
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the energy of each parameter that a LoRA cannot hold, the largest first."""
+        found = {name: each / self.energy for name, each in self.others.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def lora(self, rank: int, network: str, component: str) -> LoraWeights:
+        """The LoRA of this rank. network, component: see `LoraWeights`."""
+        return LoraWeights(network, component, {name: each.at(rank) for name, each in self.layers.items()})
+
+
+@torch.no_grad()
+def decompose(
+    base: nn.Module,
+    student: nn.Module,
+    ranks: Sequence[int],
+    device: torch.device,
+    tell: Callable[[int], None] = lambda done: None,
+) -> DecomposedChange:
+    """Decomposes the change of a student's network, layer by layer, so that one layer is on `device` at a time.
+
+    ranks: those that are asked for; no more than the largest one is kept. tell: is told how many layers are done.
+
+    The decomposition is in float64 on the CPU and in float32 on a GPU, most of which are slow in float64. Raises
+    InputError if the networks do not have the same parameters, if nothing has changed, or if a rank is below 1 or above
+    the sides of all layers.
+    """
+    before, after = dict(base.named_parameters()), dict(student.named_parameters())
+    _refuse_other(before, after, type(base).__name__)
+    weights = {f"{name}.weight": name for name in adaptable(student)}
+    most = max((min(_sides(after[each])) for each in weights), default=0)
+    for rank in ranks:
+        if not 1 <= rank <= most:
+            raise InputError(
+                f"--rank {rank}: valid are 1 to {most}, the smaller side of the largest layer; a LoRA of rank {most} "
+                "already keeps everything"
+            )
+    layers, others, precision = {}, {}, torch.float64 if device.type == "cpu" else torch.float32
+    for done, (name, weight) in enumerate(after.items()):
+        tell(done)
+        change = weight.to(device, precision) - before[name].to(device, precision)
+        if not change.isfinite().all():
+            raise InputError(f"the weights {short(name)} are not finite; give another student or teacher")
+        if not change.any():
+            continue
+        if name in weights:
+            layers[weights[name]] = _decomposed(change, max(ranks))
+        else:
+            others[name] = change.double().square().sum().item()
+    if not layers:
+        changed = "only parameters that a LoRA cannot hold have changed" if others else "nothing has changed"
+        raise InputError(f"the student has the weights of its teacher in all layers ({changed}); train it first")
+    return DecomposedChange(layers, others)
+
+
+def _decomposed(change: Tensor, rank: int) -> DecomposedLayer:
+    left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    cut = left[:, :rank], values[:rank], right[:rank].reshape(-1, *change.shape[1:])
+    energy = values.double().square().sum().item()
+    left, values, right = (each.to("cpu", torch.float32 if each.ndim > 1 else torch.float64, copy=True) for each in cut)
+    return DecomposedLayer(left, values, right, energy)
+
+
+def _sides(weight: Tensor) -> tuple[int, int]:
+    """The sides of a weight [out, in, ...] as a matrix."""
+    return len(weight), weight[0].numel()
+
+
+def _refuse_other(before: Mapping[str, Tensor], after: Mapping[str, Tensor], kind: str) -> None:
+    """InputError unless both networks have the same parameters."""
+    differs = [name for name in after if name not in before or before[name].shape != after[name].shape]
+    differs += [name for name in before if name not in after]
+    if differs:
+        raise InputError(
+            f"the student and this teacher are networks of different sizes: {short(differs[0])} differs; give the "
+            f"{kind} that the student started from"
+        )
