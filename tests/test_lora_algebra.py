@@ -10,7 +10,7 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.students.extract import decompose
 from distill.students.lora_weights import LoraLayer, LoraWeights
-from distill.students.merging import change_of, merge, unmerge
+from distill.students.merging import merge, unmerge
 
 
 def network() -> nn.Module:
@@ -68,7 +68,7 @@ def test_a_weight_is_rounded_once(dtype):
     merge(merged, weights, -1.5)
     for name, layer in weights.layers.items():
         before = network()[name].weight.to(dtype).double()
-        assert torch.equal(merged[name].weight, (before - 1.5 * change_of(layer)).to(dtype)), name
+        assert torch.equal(merged[name].weight, (before - 1.5 * layer.change).to(dtype)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,7 +116,7 @@ def test_a_known_lora_is_recovered():
     for name, layer in found.lora(3, "Network", "transformer").layers.items():
         assert layer.alpha == layer.rank == 3
         assert layer.up.shape == weights.layers[name].up.shape and layer.down.shape == weights.layers[name].down.shape
-        assert (change_of(layer) - change_of(weights.layers[name])).abs().max() <= 1e-5
+        assert (layer.change - weights.layers[name].change).abs().max() <= 1e-5
         assert found.layers[name].kept(3) == pytest.approx(1, abs=1e-6)
     again = copy.deepcopy(base)
     merge(again, found.lora(3, "Network", "transformer"))
@@ -137,7 +137,7 @@ def test_the_error_of_a_lower_rank_is_that_of_the_values_left_out():
             values = torch.linalg.svdvals(change)
             left_out = values[rank:].square().sum().item()
             assert layer.rank == min(rank, len(values))
-            assert (change - change_of(layer).flatten(1)).square().sum().item() == pytest.approx(left_out, abs=1e-9)
+            assert (change - layer.change.flatten(1)).square().sum().item() == pytest.approx(left_out, abs=1e-9)
             share = 1 - left_out / values.square().sum().item()
             assert found.layers[name].kept(rank) == pytest.approx(share, abs=1e-6)
             kept += share * values.square().sum().item()

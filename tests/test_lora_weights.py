@@ -104,7 +104,7 @@ def test_adapters_are_added_to_a_network_in_place(trainable):
     now = {name.replace(".base_layer.", "."): each.data_ptr() for name, each in network.named_parameters()}
     assert {name: now[name] for name in storage} == storage
     x, linear = normal(5, 24), network.get_submodule(OUT)
-    expected = linear.base_layer(x) + x @ given.layers[OUT].change.T
+    expected = linear.base_layer(x) + x @ given.layers[OUT].change.float().T
     assert (linear(x) - expected).abs().max() < 1e-5
 
 

@@ -59,8 +59,8 @@ class LoraLayer:
 
     @property
     def change(self) -> Tensor:
-        """alpha / rank up down in float32, with the shape of the layer's weight."""
-        up, down = self.up.float().flatten(1), self.down.float().flatten(1)
+        """alpha / rank up down in float64, with the shape of the layer's weight."""
+        up, down = self.up.double().flatten(1), self.down.double().flatten(1)
         return (self.alpha / self.rank * up @ down).reshape(len(self.up), *self.down.shape[1:])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
-from distill.students.lora_weights import LoraLayer, LoraWeights
+from distill.students.lora_weights import LoraWeights
 from distill.teachers.read import short
 
 
@@ -23,12 +23,6 @@ def adaptable(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def change_of(layer: LoraLayer) -> Tensor:
-    """alpha / rank up down in float64, with the shape of the layer's weight."""
-    up, down = layer.up.double().flatten(1), layer.down.double().flatten(1)
-    return (layer.alpha / layer.rank * up @ down).reshape(len(layer.up), *layer.down.shape[1:])
-
-
 @torch.no_grad()
 def merge(network: nn.Module, lora: LoraWeights, scale: float = 1.0) -> None:
     """Adds scale alpha / rank up down to the weight of each layer, in place.
@@ -39,7 +33,7 @@ def merge(network: nn.Module, lora: LoraWeights, scale: float = 1.0) -> None:
     layers = _layers(network, lora)
     for name, layer in lora.layers.items():
         weight = layers[name]
-        weight.copy_(weight.double() + scale * change_of(layer).to(weight.device))  # rounds once
+        weight.copy_(weight.double() + scale * layer.change.to(weight.device))  # rounds once
         if not weight.isfinite().all():
             raise InputError(
                 f"with the LoRA, the weights of {short(name)} are not finite in {weight.dtype}; use a smaller --scale, "
@@ -62,7 +56,7 @@ def unmerge(
     layers = _layers(network, lora)
     for name, layer in lora.layers.items():
         weight, before = layers[name], original[f"{name}.weight"].to(layers[name].device)
-        change = scale * change_of(layer).to(weight.device)
+        change = scale * layer.change.to(weight.device)
         merged = (before.double() + change).to(weight.dtype)
         weight.copy_(before if torch.equal(merged, weight) else weight.double() - change)
 
