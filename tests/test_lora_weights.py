@@ -154,13 +154,13 @@ def test_other_files_are_refused(tmp_path):
     for tensors, header, said in (
         ({"x.lora_A.weight": good[a]}, {}, f"{file} has the tensor x.lora_A.weight; valid in a LoRA of diffusers: "),
         ({**good, f"transformer.{Q}.alpha": torch.ones(1)}, {}, f"{file} has the tensor transformer.{Q}.alpha; valid"),
-        ({a: good[a]}, {}, f"{file} has no lora_B for {Q}; copy or download it again"),
+        ({a: good[a]}, {}, f"{file} has no matrix B for {Q}; copy or download it again"),
         ({**good, b: normal(24, 3)}, {}, f"{file}: the matrices of {Q} have shapes [2, 24] and [24, 3]; valid: "),
         ({**good, b: normal(24)}, {}, f"{file}: the matrices of {Q} have shapes [2, 24] and [24]; valid: "),
         ({**good, a: torch.full((2, 24), torch.nan)}, {}, f"{file} contains NaN or infinity in {a}; give valid"),
         ({**good, a: torch.ones(2, 24, dtype=torch.int8)}, {}, f"{file}: {a} has dtype torch.int8; valid: floating"),
         ({**good, "unet.x.lora_A.weight": torch.ones(1)}, {}, f"{file} has layers of 2 networks; valid: of one"),
-        (good, {"transformer.lora_alpha": 0}, f"{file}: the header gives {Q} the alpha 0.0; valid: a finite number"),
+        (good, {"transformer.lora_alpha": 0}, f"{file} gives {Q} the alpha 0.0; valid: a finite number"),
         (good, {"transformer.peft_type": "IA3"}, f"{file} is an adapter of type IA3; valid: LORA"),
         (good, {"transformer.lora_alpha": "x"}, f"{file}: lora_alpha='x'; valid: a valid number"),
     ):  # fmt: skip

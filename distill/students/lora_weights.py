@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ FILE = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors
 FILE_2 = "pytorch_lora_weights_2.safetensors"  # of the second network
 NETWORK = "network"  # entry of the file's header: the class of the network
 MOST_LAYERS, LARGEST_RANK = 20_000, 8192
-NAME = re.compile(r"(?P<component>transformer|unet)\.(?P<layer>[A-Za-z0-9_.]{1,200})\.lora_(?P<matrix>[AB])\.weight")
+NAME = re.compile(r"(?P<component>transformer|unet)\.(?P<layer>[A-Za-z0-9_.-]{1,200})\.lora_(?P<matrix>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def add_to(network: nn.Module, weights: LoraWeights, *, trainable: bool = False)
         assert module.scaling[adapter] == layer.alpha / layer.rank, f"{name} has a factor of its own"
 
 
-def write_diffusers(folder: Path, weights: LoraWeights) -> None:
+def write_diffusers(folder: Path, weights: LoraWeights, dtype: torch.dtype = torch.float32) -> None:
     """Writes the file pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` loads.
 
     diffusers loads a file into one network. Therefore, the second network of Wan 2.2 has a file of its own:
@@ -162,8 +162,8 @@ def write_diffusers(folder: Path, weights: LoraWeights) -> None:
         header = {f"{prefix}.{key}": value for key, value in _settings(layers).items()}
         tensors = {}
         for name, layer in layers.items():
-            tensors[f"{prefix}.{name}.lora_A.weight"] = layer.down
-            tensors[f"{prefix}.{name}.lora_B.weight"] = layer.up
+            tensors[f"{prefix}.{name}.lora_A.weight"] = layer.down.to(dtype)
+            tensors[f"{prefix}.{name}.lora_B.weight"] = layer.up.to(dtype)
         path = file_of(folder, component)
         settings = json.dumps(header, indent=2, sort_keys=True)
         own = {NETWORK: weights.network} if weights.network else {}
@@ -216,7 +216,7 @@ def _settings(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
 
 def _read(path: Path) -> LoraWeights:
     """The LoRA in one file."""
-    tensors, header = _content(path)
+    tensors, header = content(path)
     pairs: dict[str, dict[str, Tensor]] = {}
     components = set()
     for name, tensor in tensors.items():
@@ -233,38 +233,42 @@ def _read(path: Path) -> LoraWeights:
     settings = checked(AdapterSettings, embedded_settings(path, header, component), path)
     if settings.peft_type != "LORA":
         raise InputError(f"{path} is an adapter of type {short(settings.peft_type)}; valid: LORA")
-    layers = dict(_layers(path, pairs, settings))
+    layers = {}
+    for name, each in pairs.items():
+        rank = len(each["A"]) if "A" in each and each["A"].ndim else 1
+        layers[name] = pair(path, name, each.get("A"), each.get("B"), settings.alpha(name, rank))
     return LoraWeights(header.get(NETWORK, "") if header.get(NETWORK, "").isidentifier() else "", component, layers)
 
 
-def _layers(
-    path: Path, pairs: Mapping[str, Mapping[str, Tensor]], settings: AdapterSettings
-) -> Iterator[tuple[str, LoraLayer]]:
-    for name, pair in pairs.items():
-        if missing := {"A", "B"} - pair.keys():
-            raise InputError(f"{path} has no lora_{min(missing)} for {short(name)}; copy or download it again")
-        down, up = pair["A"], pair["B"]
-        rank = len(down) if down.ndim else 0
-        fits = (
-            down.ndim in (2, 4, 5)
-            and up.ndim == down.ndim
-            and up.shape[1] == rank
-            and all(side == 1 for side in up.shape[2:])
+def pair(path: Path, name: str, down: Tensor | None, up: Tensor | None, alpha: float | None) -> LoraLayer:
+    """A layer from the matrices of a file. alpha: None stands for the rank. Raises InputError if they do not fit."""
+    if down is None or up is None:
+        missing = "A" if down is None else "B"
+        raise InputError(f"{path} has no matrix {missing} for {short(name)}; copy or download it again")
+    rank = len(down) if down.ndim else 0
+    fits = down.ndim in (2, 4, 5) and up.ndim == down.ndim and up.shape[1] == rank
+    if not (fits and all(side == 1 for side in up.shape[2:]) and 1 <= rank <= LARGEST_RANK):
+        raise InputError(
+            f"{path}: the matrices of {short(name)} have shapes {list(down.shape)} and {list(up.shape)}; valid: "
+            f"[rank, in, ...] and [out, rank, ...] with a rank of 1 to {LARGEST_RANK}"
         )
-        if not (fits and 1 <= rank <= LARGEST_RANK):
-            raise InputError(
-                f"{path}: the matrices of {short(name)} have shapes {list(down.shape)} and {list(up.shape)}; valid: "
-                f"[rank, in, ...] and [out, rank, ...] with a rank of 1 to {LARGEST_RANK}"
-            )
-        alpha = settings.alpha(name, rank)
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise InputError(
-                f"{path}: the header gives {short(name)} the alpha {alpha}; valid: a finite number above 0"
-            )
-        yield name, LoraLayer(down, up, alpha)
+    alpha = float(rank) if alpha is None else alpha
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise InputError(f"{path} gives {short(name)} the alpha {alpha}; valid: a finite number above 0")
+    return LoraLayer(down, up, alpha)
 
 
-def _content(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def rows_of(network: nn.Module) -> dict[str, int]:
+    """The number of rows (outputs) of each layer that can have a LoRA, by its name without adapters."""
+    layers = {name.removesuffix(".base_layer"): module for name, module in network.named_modules()}
+    return {
+        name: len(module.weight)
+        for name, module in layers.items()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and ".lora_" not in name
+    }
+
+
+def content(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of a file in float32, and its header."""
     try:
         open_regular(path, follow=True).close()  # raises an OSError for a FIFO or a device

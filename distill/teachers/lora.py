@@ -31,7 +31,7 @@ SETTINGS = "adapter_config.json"  # of peft, beside its file
 EMBEDDED = "lora_adapter_metadata"  # entry of a file's header, with the settings as JSON
 PEFT = "base_model.model."  # begins the names of weights that peft has saved
 ENCODERS = "text_encoder"  # begins the names of the parts for the text encoders
-ModuleName = Annotated[str, Field(max_length=200, pattern=r"^\^?[A-Za-z0-9_.]+$")]  # peft's patterns may be others
+ModuleName = Annotated[str, Field(max_length=200, pattern=r"^\^?[A-Za-z0-9_.-]+$")]  # peft's patterns may be others
 OWN = re.compile(r"(?P<module>.+?)\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?|alpha)")
 CONVERSION = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)  # errors of diffusers
 
