@@ -31,6 +31,7 @@ from distill.spec import checks, specfile
 from distill.spec.model import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
 from distill.students.exporting import export
+from distill.students.init import teacher_on_linear_path
 from distill.students.loaded import load_student
 from distill.teachers import load_teacher
 from recipes.reflow import reflow
@@ -481,6 +482,29 @@ def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):
     assert student_card.read(run.student("map")).teacher_digest == loaded.digest, (
         "of what it is, not of how it is called"
     )
+
+
+def test_a_recipe_that_calls_no_teacher_starts_from_the_weights_of_the_specs_one(tmp_path):
+    """Consistency tuning: the teacher's licence and digest pass on, and its velocity is where training starts."""
+    place = tmp_path / "ddpm"
+    DDPMPipeline(build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None, seed=0), DDPMScheduler()).save_pretrained(
+        place
+    )
+    (place / "README.md").write_text("---\nlicense: mit\n---\n")
+    tune = {**REFLOW, "recipe": "consistency/consistency", "options": {"point": "data"}, "pairs": None, "images": 8}
+    tune |= {"network": None, "batch_size": 8, "optimizer": {"lr": 1e-12}, "ema_half_lives": []}
+    given = spec({"kind": "diffusers", "path": str(place)}, {"kind": "digits"}, tune=tune)
+    found = checks.check(given, tmp_path)
+    assert found.recipes["tune"].needs == {"data"} and found.needs("tune") == {"data", "teacher"}
+    assert preflight.check(found).built["tune"].teacher is None
+    run = go(tmp_path, given)
+    teacher, student = load_teacher(CheckpointTeacher(path=str(place)), CPU), load_student(run.student("tune"), CPU)
+    card = student_card.read(run.student("tune"))
+    assert (card.teacher, card.teacher_digest, card.license) == ("ddpm", teacher.digest, "mit")
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        expected = teacher_on_linear_path(teacher).field(x, t, {})
+        assert (student.student(x, t, torch.zeros(2), {}) - expected).abs().max() <= 1e-5
 
 
 # --- data ---

@@ -167,7 +167,8 @@ CASES = {
     ),
     "nothing to start from": (
         images(t={"network": None}),
-        "stages.t: no initial weights; give network (new weights) or init (an earlier train stage)",
+        "stages.t: no initial weights; give network (new weights), init (an earlier train stage), or a checkpoint as "
+        "the spec's teacher",
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),

@@ -19,6 +19,6 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
         averages = len(stage.ema_half_lives)
         found[name] = memory.predict(built.sizes, built.copies, averages, launch.world_size, sharding, built.still)
         if built.teacher is not None and built.teacher.network is not None:
-            whole = memory.FLOAT * sum(p.numel() for p in built.teacher.network.parameters())
+            whole = sum(p.numel() * p.element_size() for p in built.teacher.network.parameters())
             found[name]["teacher"] = whole // launch.world_size if sharding.divides_frozen else whole
     return found

@@ -214,14 +214,16 @@ def _build(
 ) -> tuple[Recipe, Built]:
     """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
-    teacher = teacher if "teacher" in recipe.needs else None
+    copied = stage.init is None and stage.network is None
+    teacher = teacher if copied or "teacher" in recipe.needs else None
     if isinstance(teacher, LoadedStudent):
         raise InputError(f"{teacher.description} is not a teacher")
     if teacher is not None:
         teacher = _without_values(teacher_on_linear_path(teacher))
     origin = _student(earlier, stage.init) if stage.init is not None else teacher
     init = start(stage, recipe, teacher, origin, data, 0)
-    made: Recipe = recipe.module.Recipe(recipe.config, teacher)
+    called = teacher if "teacher" in recipe.needs else None
+    made: Recipe = recipe.module.Recipe(recipe.config, called)
     roles = made.networks(init)
     if registry.drops_condition(recipe.config):  # an error now if there is no null condition, and not in the first step
         init.null(init.conditioning.collate(torch.zeros(1, dtype=torch.int64)))
@@ -232,7 +234,7 @@ def _build(
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
     student = made_of["student"].module  # adapters will be merged into it
     exported = sum(p.numel() for p in student.parameters())
-    return made, Built(_pretend(student, init), sizes, still, exported, copies, teacher)
+    return made, Built(_pretend(student, init), sizes, still, exported, copies, called)
 
 
 def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:

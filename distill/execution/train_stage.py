@@ -73,6 +73,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     origin = teacher if place is None else loaded.load_student(place, device, work.teacher)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
+    called = called if "teacher" in asked.needs else None
     recipe = asked.module.Recipe(asked.config, called)
     t_grids = preflight.t_grids(work.spec, work.name, recipe, inputs.times)
     init = preflight.start(stage, asked, teacher, origin, data, work.seed)
@@ -185,7 +186,7 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
     asked = work.resolved.recipes[work.name]
     return micro_batch.largest(
         work.run.stage(work.name).micro_batch,
-        lambda: asked.module.Recipe(asked.config, training.teacher),
+        lambda: asked.module.Recipe(asked.config, training.teacher if "teacher" in asked.needs else None),
         training.init,
         source,
         stage,

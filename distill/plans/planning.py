@@ -59,7 +59,7 @@ def steps(resolved: Resolved) -> list[PlannedStage]:
 def _step(resolved: Resolved, name: str) -> PlannedStage:
     stage = resolved.spec.stages[name]
     if isinstance(stage, TrainStage):
-        return _train(name, stage, resolved.spec.launch, resolved.recipes[name].needs)
+        return _train(name, stage, resolved.spec.launch, resolved.needs(name))
     if isinstance(stage, PairsStage):
         return _pairs(name, stage)
     if isinstance(stage, CacheStage):

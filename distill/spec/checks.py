@@ -278,8 +278,11 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
     if stage.init is not None and stage.network is not None:
         yield f"{where}: init and network are both given, but training starts from only one of them; remove one"
     if stage.init is None and stage.network is None:
-        if "teacher" not in needs:
-            yield f"{where}: no initial weights; give network (new weights) or init (an earlier train stage)"
+        if "teacher" not in needs and not found.copies_teacher(stage):
+            yield (
+                f"{where}: no initial weights; give network (new weights), init (an earlier train stage), or a "
+                "checkpoint as the spec's teacher"
+            )
         elif spec.teacher is not None and found.has_exact_teacher(stage):
             yield (
                 f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. "

@@ -14,6 +14,7 @@ from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
     CacheStage,
+    CheckpointTeacher,
     EvaluateStage,
     NetworkStage,
     RunSpec,
@@ -87,11 +88,17 @@ class Resolved:
         """The inputs of a stage: "teacher", "data", and other needs of its recipe."""
         stage = self.spec.stages[name]
         if isinstance(stage, TrainStage):
-            return self.recipes[name].needs
+            own = self.recipes[name].needs
+            return own | {"teacher"} if self.copies_teacher(stage) else own
         if isinstance(stage, CacheStage):
             return frozenset({"data"} if self.spec.teacher is None else {"teacher", "data"})
         of_data = isinstance(stage, EvaluateStage) or stage.paths in OF_DATA
         return frozenset({"teacher", "data"} if of_data else {"teacher"})
+
+    def copies_teacher(self, stage: TrainStage) -> bool:
+        """Whether training starts from the weights of the spec's teacher, whether or not the recipe calls it."""
+        own = stage.teacher is None and stage.init is None and stage.network is None
+        return own and isinstance(self.spec.teacher, CheckpointTeacher)
 
     def has_exact_teacher(self, stage: NetworkStage) -> bool:
         """Whether the teacher of a stage is the spec's, and known in closed form."""
