@@ -140,7 +140,10 @@ def test_init_writes_a_spec_that_is_the_preset(capfd, tmp_path):
         assert done.out == f"wrote {name}.yaml; edit it, then check it with: distill plan {name}.yaml\n"
         written = specfile.load(tmp_path / f"{name}.yaml")
         assert written.spec.digest() == specfile.load(presets.find(name)).spec.digest()
-        assert (tmp_path / f"{name}.yaml").read_text().startswith(f"# distill run {name}.yaml\n# ")
+        said, text = presets.head(name), (tmp_path / f"{name}.yaml").read_text()
+        assert text.startswith(f"# {said[0].replace(name, f'{name}.yaml', 1)}\n# {said[1]}\n")
+        words = " ".join(line.strip().removeprefix("#").strip() for line in text.splitlines())
+        assert all(note in words for note in presets.notes(name).values()), name
     done = command(capfd, "init", "digits")
     assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file with --out\n")
     assert command(capfd, "init", "digits", "--out", "other.yaml").code == 0

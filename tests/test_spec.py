@@ -271,9 +271,28 @@ def test_annotated_says_every_field_with_its_meaning():
 def test_presets_say_how_to_run_them():
     for name in presets.names():
         first, *rest = presets.head(name)
-        command = "compare" if name.endswith("-family") else "run"
+        on_cluster = specfile.load(presets.find(name)).spec.launch.slurm.gpus_per_node > 0  # see test_presets_for_gpus
+        command = "compare" if name.endswith("-family") else "submit" if on_cluster else "run"
         assert first.startswith(f"distill {command} {name}"), name
-        assert any("minute" in line for line in rest), f"{name}: say how long it takes"
+        assert on_cluster or any("minute" in line for line in rest), f"{name}: say how long it takes"
+
+
+def test_comments_of_a_preset_belong_to_the_field_beside_or_below_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(presets, "find", lambda name: tmp_path / f"{name}.yaml")
+    (tmp_path / "mine.yaml").write_text(
+        "# distill run mine\n# What it makes,\n# in two lines.\n#\n# More.\nname: mine  # ours\nstages:\n"
+        "  # one\n  teach:\n    # two lines\n    # of it\n    images: 1  # and beside it\n    # the optimizer\n"
+        "    optimizer: {lr: 1e-3}\n    batch_size: 2\nseed: 3  # last\n"
+    )
+    assert presets.summary("mine") == "What it makes, in two lines."
+    assert presets.head("mine")[-2:] == ["", "More."]
+    assert presets.notes("mine") == {
+        "name": "ours",
+        "stages.teach": "one",
+        "stages.teach.images": "two lines of it and beside it",
+        "stages.teach.optimizer": "the optimizer",
+        "seed": "last",
+    }
 
 
 def test_unknown_preset():

@@ -43,12 +43,14 @@ def init(
     if without_effect:
         raise InputError(f"{', '.join(without_effect)} has no effect without --teacher; leave it out")
     if preset is None:
-        print_table(["preset", "what it makes"], [[name, " ".join(presets.head(name)[1:])] for name in presets.names()])
+        print_table(["preset", "what it makes"], [[name, presets.summary(name)] for name in presets.names()])
         say("write one with: distill init PRESET")
         return
     source = specfile.load(presets.find(preset))
     path = out or Path(f"{preset}.yaml")
-    _write(path, presets.head(preset)[1:], presets.annotated(source.spec, source.base))
+    first, *others = presets.head(preset)
+    of_file = first.replace(f" {preset}", f" {one_line(str(path))}", 1)
+    _write(path, [of_file, *others], presets.annotated(source.spec, source.base, presets.notes(preset)))
     say(f"wrote {path}; edit it, then check it with: distill plan {path}")
 
 
@@ -80,7 +82,7 @@ def _for_teacher(teacher: str, recipe: str | None, out: Path | None, gpus: int, 
         for each in head
         for line in textwrap.wrap(one_line(each), 116, break_long_words=False, break_on_hyphens=False)
     ]
-    _write(path, lines, presets.annotated(made.spec, base))
+    _write(path, [f"distill run {one_line(str(path))}", *lines], presets.annotated(made.spec, base))
     say(
         "\n".join(
             [
@@ -92,10 +94,10 @@ def _for_teacher(teacher: str, recipe: str | None, out: Path | None, gpus: int, 
 
 
 def _write(path: Path, head: Sequence[str], spec: str) -> None:
-    """Write a new spec file, with the lines of its comment. InputError if there is a file already."""
+    """Write a new spec file, with the lines of the comment at its top. InputError if there is a file already."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; name another file with --out")
-    lines = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in head)]
+    lines = [f"# {line}".rstrip() for line in head]
     try:
         write_atomic(path, "\n".join([*lines, "", spec]))
     except RunError as error:
