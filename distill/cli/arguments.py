@@ -162,7 +162,7 @@ def prompted_teacher(
 
     InputError if the student takes no prompts, or if there is no such teacher. classes: what --classes gives.
     """
-    if card.num_classes is not None or not card.takes_conditions:
+    if card.num_classes is not None or not card.is_native:
         kind, remedy = "is unconditional", "leave the prompts out"
         if card.num_classes is not None:
             kind, remedy = f"is conditional on {card.num_classes} classes", "use --classes instead of prompts"

@@ -3,13 +3,16 @@
 torch is imported only to export a checkpoint, or to draw samples if no evaluation has drawn any.
 """
 
+import shlex
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.cli import arguments
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -39,6 +42,7 @@ TrustOption = Annotated[
         "--trust-code", help="Print the student's code, and accept it even if it is not code that distill ships."
     ),
 ]
+FEW = 4  # samples of a large network that are drawn for a model card
 MANY = 20  # at most this many warnings are printed
 WHICH = (
     "RUN: the student of its last train stage. RUN/STAGE: the student of this stage. RUN@best: the student with the "
@@ -66,7 +70,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
         found = chosen if isinstance(chosen, Path) else _student(chosen, Path(temporary) / "student")
         picture = b"" if isinstance(chosen, Path) else publishing.samples(chosen)
-        picture = picture or _drawn(found, Path(temporary) / "samples.png")
+        picture = picture or _drawn(found, chosen, Path(temporary) / "samples.png")
         shown = publishing.PICTURE if picture else ""
         if isinstance(chosen, Path):
             about = student_card.Publication(title, shown)
@@ -130,7 +134,7 @@ def pull(
         )
     else:
         say(f"{here} exists already and is complete: sha256 {pulled.digest[:12]}")
-    say(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
+    say(f"use it: {_use(pulled.card, here)}")
 
 
 def verify(
@@ -193,12 +197,26 @@ def _student(chosen: "distill.exchange.publishing.ChosenStudent", temporary: Pat
     return temporary
 
 
-def _drawn(student: Path, out: Path) -> bytes:
-    """Draw samples of a student as a PNG file. Without torch, a message is printed and b"" is returned."""
-    if find_spec("torch") is None:
-        say_error(
-            "the model card has no picture of samples: no evaluation has drawn samples, and torch is not installed"
-        )
+def _drawn(student: Path, chosen: "distill.exchange.publishing.ChosenStudent | Path", out: Path) -> bytes:
+    """A picture of samples of a student, as a PNG file. Without torch or its teacher, a message is printed and b"" is
+    returned.
+
+    chosen: where it comes from. A student that works on latents is sampled with the teacher of its run.
+    """
+    from distill.core.regular_files import read_regular
+    from distill.exchange import contents, publishing
+
+    card, like = student_card.read(student), None
+    if publishing.PICTURE in card.files:  # it was published before
+        with suppress(OSError):  # publishing names what is damaged
+            return read_regular(student / publishing.PICTURE, contents.MAX_TEXT)
+    lacking = "torch is not installed" if find_spec("torch") is None else ""
+    if card.is_native and not isinstance(chosen, Path):
+        like = arguments.teacher_of_run(chosen.run.student(chosen.stage))
+    elif card.is_native:
+        lacking = lacking or "the teacher of a student outside of runs, which samples need, is not known"
+    if lacking:
+        say_error(f"the model card has no picture of samples: no evaluation has drawn samples, and {lacking}")
         return b""
     from distill.exchange import pulling
 
@@ -210,11 +228,12 @@ def _drawn(student: Path, out: Path) -> bytes:
     sample.write_samples(
         student,
         out,
-        steps=student_card.read(student).fewest_steps,
+        steps=card.fewest_steps,
         seed=0,
-        count=64,
+        count=FEW if card.is_native else 64,
         labels=None,
         device=train_stage.CPU,
+        like=like,
     )
     return out.read_bytes()
 
@@ -253,6 +272,19 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
     place, digest = published.locate(source, listed, name, version)
     _warn(listed.skipped)
     return place, name if version is None else f"{name}-{version}", digest
+
+
+def _use(card: student_card.StudentCard, here: str) -> str:
+    """How to use a student in the folder `here`."""
+    if not card.is_native:
+        return f'DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)'
+    if any(name.startswith("vae/") for name in card.files):
+        return f'DiffusionPipeline.from_pretrained("{here}")'
+    given = "--prompt TEXT" if card.num_classes is None else "--classes 0"
+    return (
+        f"distill sample {shlex.quote(here)} --teacher TEACHER {given} --out samples.png (TEACHER: the pipeline "
+        f"of {one_line(card.teacher) or 'its teacher'}; {here}/README.md has the code for diffusers)"
+    )
 
 
 def _warn(skipped: list[str]) -> None:

@@ -11,7 +11,6 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,28 @@ from distill.core.errors import InputError
 from distill.core.png import is_png
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line, printable
+from distill.exchange import stock_students
+from distill.exchange.manifest import TOKENIZER_KINDS
+from distill.exchange.stock_students import NOT_LOADED
 from distill.exchange.student_card import StudentCard
 
 MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; bytes of the header of a safetensors file
+MAX_VOCABULARY = 128 << 20  # bytes of a file of a tokenizer
 INDEX = "model_index.json"
-NOT_LOADED = "the student is not loaded because it may be unsafe or damaged"
 # The keys of a model_index.json in addition to the components of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
 OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids", "fitted")
 # Classes of diffusers that load only their own folder: no pipelines, and no classes that select another class.
 CLASSES = re.compile(r"(?!Auto|Modular|Onnx|Flax)[A-Z][A-Za-z0-9]*(Model|Scheduler)|AutoencoderKL|AutoencoderTiny")
 # Keys of configurations with which diffusers and similar libraries load code or weights from elsewhere.
-LEADING = ("auto_map", "custom_pipelines", "quantization_config", "base_model_name_or_path")
+LEADING = (
+    "auto_map",
+    "base_model_name_or_path",
+    "custom_pipeline",
+    "custom_pipelines",
+    "quantization_config",
+    "trust_remote_code",
+)
 
 
 def refuse(folder: Path, card: StudentCard) -> None:
@@ -38,11 +47,6 @@ def refuse(folder: Path, card: StudentCard) -> None:
 
     The sha256 of each file must have been verified before.
     """
-    if card.network:
-        raise InputError(
-            f"{folder.name} has the network class of its teacher's pipeline ({card.network}); such students cannot be "
-            "published or pulled yet: copy the folder instead"
-        )
     for name in card.files:
         try:
             _refuse(folder / name, name, card)
@@ -54,11 +58,18 @@ def _refuse(path: Path, name: str, card: StudentCard) -> None:
     if name.endswith(".safetensors"):
         _refuse_weights(path, name)
         return
-    content = read_regular(path, MAX_TEXT)
+    of_tokenizer = card.is_native and stock_students.is_of_tokenizer(name)
+    content = read_regular(path, MAX_VOCABULARY if of_tokenizer else MAX_TEXT)
+    if name.endswith(TOKENIZER_KINDS) and not of_tokenizer:
+        raise InputError(f"{name} belongs in the folder of a tokenizer, which this student does not have; {NOT_LOADED}")
+    if name.endswith(stock_students.BINARY):
+        if not content.startswith(stock_students.SENTENCEPIECE):
+            raise InputError(f"{name} is not a SentencePiece model; {NOT_LOADED}")
+        return
     if name.endswith(".png"):
         refuse_picture(content, name)
         return
-    text = _text(content, name)
+    text = _text(content, name, of_tokenizer)
     if name.endswith(".py"):
         _refuse_encoding(content, name)
     elif name.endswith(".json"):
@@ -85,6 +96,7 @@ def _refuse_weights(path: Path, name: str) -> None:
         header = None
     if not text.startswith(b"{") or not isinstance(header, dict) or _bytes(header) != size - 8 - length:
         raise InputError(f"{name} is not a safetensors file; {NOT_LOADED}")
+    stock_students.refuse_header(header.get("__metadata__"), name)
 
 
 def _bytes(header: dict[str, Any]) -> int | None:
@@ -104,13 +116,14 @@ def _bytes(header: dict[str, Any]) -> int | None:
     return end
 
 
-def _text(content: bytes, name: str) -> str:
+def _text(content: bytes, name: str, of_tokenizer: bool = False) -> str:
+    """Text, or the vocabulary of a tokenizer, which may have control characters but no NUL."""
     try:
         text = content.decode()
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 text; {NOT_LOADED}") from None
     # Code may contain any control character except NUL: they are replaced when the code is shown to the user.
-    if re.search(r"\x00" if name.endswith(".py") else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
+    if re.search(r"\x00" if name.endswith(".py") or of_tokenizer else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
         raise InputError(f"{name} contains control characters; {NOT_LOADED}")
     return text
 
@@ -130,9 +143,11 @@ def _refuse_json(text: str, name: str, card: StudentCard) -> None:
         parsed: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({one_line(str(error), 100)}); {NOT_LOADED}") from None
-    for key in _keys(parsed):
+    for key, _ in stock_students.entries(parsed):
         if key in LEADING:
             raise InputError(f"{name} refers to code or weights elsewhere ({key}); {NOT_LOADED}")
+    if card.is_native:
+        stock_students.refuse_config(parsed, name, card)
     parts = name.split("/")
     if parts[-1] == INDEX:
         if len(parts) > 1:
@@ -140,18 +155,6 @@ def _refuse_json(text: str, name: str, card: StudentCard) -> None:
         _refuse_index(parsed, name, card)
     elif isinstance(parsed, dict) and ("weight_map" in parsed or name.endswith(".index.json")):
         _refuse_shards(parsed, name, card)
-
-
-def _keys(parsed: Any) -> Iterator[str]:  # noqa: ANN401  (whatever a file holds)
-    """All keys in JSON content, at any depth."""
-    todo = [parsed]
-    while todo:
-        each = todo.pop()
-        if isinstance(each, dict):
-            yield from each
-            todo.extend(each.values())
-        elif isinstance(each, list):
-            todo.extend(each)
 
 
 def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None:
@@ -172,6 +175,9 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
     """Refuse a model_index.json unless its classes are from diffusers or from listed files."""
     if not isinstance(parsed, dict):
         raise InputError(f"{name} is not a JSON object; {NOT_LOADED}")
+    if card.is_native:
+        stock_students.refuse_index(parsed, name, card)
+        return
     for part, value in parsed.items():
         pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
         module, title = (each if isinstance(each, str) else "" for each in pair)

@@ -12,11 +12,12 @@ from functools import cache
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.exchange import student_card
+from distill.exchange import stock_students, student_card
 from distill.exchange.student_card import StudentCard
 
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one component of a path
 KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
+TOKENIZER_KINDS = (".model", ".jinja")  # only in the folder of a tokenizer, see `contents`
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".pyc")
 
 
@@ -36,6 +37,8 @@ def parse(content: bytes, where: str) -> StudentCard:
                 f"{where} is invalid: it lists both {seen[folded]!r} and {name!r}, the same file on some disks"
             )
         seen[folded] = name
+    if card.is_native:
+        stock_students.refuse_card(card)
     for name in seen:
         for above in Path(name).parents:
             if above.as_posix() in seen:
@@ -62,7 +65,11 @@ def _objection(name: str) -> str | None:
         return "which is the list of files itself"
     if suffix.lower() in PICKLES:
         return "a pickle or compiled file, which can run any code when it is loaded"
-    return None if suffix in KINDS else f"a file type that students do not have (valid: {', '.join(KINDS)})"
+    return (
+        None
+        if suffix in (*KINDS, *TOKENIZER_KINDS)
+        else f"a file type that students do not have (valid: {', '.join(KINDS)})"
+    )
 
 
 @cache

@@ -132,8 +132,8 @@ class StudentCard(FrozenModel):
         return self
 
     @property
-    def takes_conditions(self) -> bool:
-        """Whether it may take prompts: it works as the network of its teacher's pipeline does."""
+    def is_native(self) -> bool:
+        """Whether it has the network class of its teacher's pipeline in diffusers."""
         return bool(self.network)
 
     @property
