@@ -63,8 +63,11 @@ def test_the_weights_are_those_of_the_formula(flux_teacher, tmp_path):
     assert not any(name.partition(".")[0] == "peft" for name in {type(m).__module__ for m in teacher.network.modules()})
     assert not any(each.requires_grad for each in teacher.network.parameters())
     assert teacher.description == "FluxTransformer2DModel from flux with the LoRA style.safetensors"
-    digests = {load(folder, **given, **fields).digest for given in ({}, {"lora": str(file)})}
-    assert len(digests | {teacher.digest}) == 3
+    others = [load(folder, **given, **fields) for given in ({}, {"lora": str(file)})]
+    assert len({each.digest for each in (teacher, *others)}) == 3
+    assert len({each.base_digest for each in (teacher, *others)}) == 3
+    in_16 = load(folder, dtype="bfloat16", **{**fields, "size": [24, 24]})  # other options, but the same base
+    assert in_16.digest != others[0].digest and in_16.base_digest == others[0].base_digest
 
 
 def test_a_file_of_the_pipeline_gives_its_weights(flux_teacher, tmp_path):

@@ -25,7 +25,7 @@ from distill.spec.kinds import BASELINE, SAMPLERS, STUDENTS, SamplerName, Studen
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"
-ADDED = {"fitted", "guidance"}  # fields that cards of earlier versions do not have
+ADDED = {"base_digest", "fitted", "guidance"}  # fields that cards of earlier versions do not have
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -66,6 +66,9 @@ class StudentCard(FrozenModel):
     spec_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")]
     teacher_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")] | None
     """null: trained on data only"""
+    base_digest: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")] = ""
+    """of a LoRA student: SHA-256 over the config and the weights of the network that it belongs to; empty: all weights
+    are in the folder"""
     teacher: Line = ""
     """description of the teacher, in one line"""
     data: Line = ""
@@ -151,6 +154,12 @@ def record(folder: Path) -> dict[str, FileRecord]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         records[path.relative_to(folder).as_posix()] = FileRecord(sha256=digest, size=path.stat().st_size)
     return records
+
+
+def write(folder: Path, card: StudentCard) -> None:
+    """Write README.md and distill.json, with the checksums of all files that are in the folder."""
+    (folder / README).write_text(readme(card))
+    (folder / FILE_NAME).write_text(to_json(card.model_copy(update={"files": record(folder)})))
 
 
 def read(folder: Path) -> StudentCard:

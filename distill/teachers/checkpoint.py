@@ -60,6 +60,7 @@ class TeacherCheckpoint:
     codec: Codec
     call: NetworkCall
     packaging: Packaging
+    base_digest: str  # SHA-256 over the config and the weights of the network alone, with whatever options it was read
 
 
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool, prompts: int | None = None) -> LoadedTeacher:
@@ -88,6 +89,7 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool, prompts:
         combine=convention.combine if isinstance(convention, Convention) else cfg,
         boundary=_boundary(found),
         packaging=found.packaging,
+        base_digest=found.base_digest,
     )
 
 
@@ -115,17 +117,15 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
         architecture.settled(network)
     network = network.to(device).eval().requires_grad_(False)
     chosen, schedule = facts.chosen, facts.schedule
+    base = {"config": lasting(content), "weights": digests, **_second(parts, facts), **added}
     identity = {
-        "config": lasting(content),
+        **base,
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
         "prediction": spec.prediction,
         "null_class": null_class(conditioning),
-        "weights": digests,
         # Gives inverted schedules a new digest, because earlier versions read them wrongly.
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),
-        **_second(parts, facts),
         **_asked(spec, conditions),
-        **added,
     }
     call = architecture.call if dtype == torch.float32 else InDtype(architecture.call, dtype)
     return TeacherCheckpoint(
@@ -135,13 +135,18 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
         student=parts.student,
         shape=facts.shape,
         conditioning=conditioning,
-        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        digest=_digest(identity),
         description=f"{facts.network_class.__name__} from {_name(spec)}",
         license=license_of(parts.root, parts.student),
         codec=facts.codec,
         call=call,
         packaging=_packaging(spec, parts, schedule, chosen),
+        base_digest=_digest(base),
     )
+
+
+def _digest(identity: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _described(

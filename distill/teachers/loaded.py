@@ -51,6 +51,7 @@ class LoadedTeacher:
     combine: Combine = cfg  # guidance as the teacher's own pipeline does it
     boundary: float | None = None  # time below which the second of two networks is called; None: there is one network
     packaging: Packaging | None = None
+    base_digest: str = ""  # SHA-256 over config and weights alone, whatever options are given; empty: no checkpoint
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
     @property
