@@ -13,10 +13,13 @@ from test_convert import FILE, Evil, asked
 
 from distill.convert import conversion
 from distill.core.errors import InputError
+from distill.exchange.student_card import StudentCard
 from distill.execution import inspecting
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.spec.model import CheckpointTeacher
+from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
+from distill.students.loaded import load_student
 
 SIZES = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 16, "num_blocks": 1}
 DDPM = SIZES | {
@@ -158,10 +161,40 @@ def test_on_the_linear_path_it_is_finite_at_both_ends(tmp_path):
     # At t = 0.5, sigma = 1 and the sample of the native path is x / (1 - t); v = noise - data.
     slope = native.field(x / 0.5, torch.full((3,), 0.5), cond) * 0.25  # the noise: d sigma / dt is 4
     torch.testing.assert_close(found[1], (slope - (x / 0.5 - slope))[1], rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="neither a student nor a critic can start from the weights of DhariwalUNet2D"):
-        StudentInit(native, None, native.shape, None, 0, teacher=native).critic()
     inside, outside = teacher.features(x, t, cond, ["down_blocks.1", "up_blocks.0"])
     assert inside.shape == outside.shape == (3, 128, 4, 4)
+
+
+@pytest.mark.long
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["NCSN++", "ADM"])
+def test_students_start_as_the_teacher_and_load_in_diffusers(tmp_path, name):
+    """And what they learn of the second time is stored, too."""
+    pickled(tmp_path / "x.pkl", name)
+    converted(tmp_path / "x.pkl", tmp_path / "new")
+    teacher = teacher_on_linear_path(load(tmp_path / "new"))
+    init = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher, dropout=0.25)
+    x, t = torch.randn(3, *teacher.shape, generator=torch.Generator().manual_seed(1)), torch.tensor([0.2, 0.6, 1.0])
+    cond, s = {"class_labels": torch.tensor([1, 9, 10])}, torch.tensor([0.1, 0.0, 0.5])
+    expected = teacher.field(x, t, cond)
+    student, flow_map, critic = init.velocity_field().eval(), init.flow_map().eval(), init.critic().eval()
+    assert student.network.config["dropout"] == 0.25
+    assert torch.equal(student(x, t, cond), expected) and torch.equal(critic(x, t, cond)[0], expected)
+    assert torch.equal(flow_map(x, t, s, cond), expected)
+    with pytest.raises(InputError, match="a network of EDM cannot get an acceleration; use a recipe with another kind"):
+        init.acceleration()
+    flow_map.network.gap[2].weight.normal_(generator=torch.Generator().manual_seed(2))
+    assert not torch.equal(flow_map(x, t, s, cond), expected)
+    for kind, made, sampler in (("velocity", student, "euler"), ("flow_map", flow_map, "jump")):
+        card = StudentCard(
+            name="s", recipe="r", summary="x", spec_digest="0" * 64, teacher_digest=teacher.digest, teacher="edm",
+            data="", license="", kind=kind, sampler=sampler, shape=teacher.shape, num_classes=10, null_class=None,
+            guidance_scale=1.0, weights="raw", images=1,
+        )  # fmt: skip
+        export(made, tmp_path / kind, card)  # compares with plain diffusers
+        again = load_student(tmp_path / kind, torch.device("cpu")).student
+        given = (x, t, cond) if kind == "velocity" else (x, t, s, cond)
+        assert torch.equal(again(*given), made(*given))
 
 
 def test_the_published_networks_have_the_published_sizes():

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import edm
 import pytest
+import test_convert_edm as of_edm
 import test_teacher_dit as dit
 import test_teacher_flux as flux
 import test_teacher_unet_condition as sd
@@ -28,6 +30,7 @@ from test_tars import write as write_tar
 from texts import clip, t5
 from transformers import UMT5Config, UMT5EncoderModel
 
+from distill.convert import conversion
 from distill.core import yamltext
 from distill.exchange import student_card
 from distill.runs import results
@@ -69,6 +72,15 @@ def wan_21(folder: Path) -> Path:
 
 def dit_of_three_classes(folder: Path) -> Path:
     return write(folder, dit.pipeline(num_embeds_ada_norm=3))
+
+
+def converted(folder: Path, network: str) -> Path:
+    """A checkpoint of EDM, converted as its preset says."""
+    options, model = of_edm.NETWORKS[network]
+    file = folder.with_suffix(".pkl")
+    edm.write(file, edm.tree(options, song=model == "SongUNet"), options, folder.with_name("mark"), model=model)
+    conversion.complete(file, None, of_edm.asked(folder, file) and folder)
+    return folder
 
 
 # --- data ---
@@ -136,6 +148,8 @@ SMALL = {
     "flux-shortcut": Small(flux_dev, lambda folder: tars(folder, "json.prompt"), (16, 16)),
     "wan21-dmd2": Small(wan_21, videos, (5, 16, 32)),
     "imagenet256-dit-meanflow": Small(dit_of_three_classes, lambda folder: rows(folder, 16, label="label"), (16, 16)),
+    "imagenet64-edm-rfpp": Small(lambda folder: converted(folder, "ADM"), None),
+    "cifar10-ect": Small(lambda folder: converted(folder, "DDPM++"), lambda folder: rows(folder, 8, "img")),
 }
 
 

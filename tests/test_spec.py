@@ -296,7 +296,9 @@ def test_comments_of_a_preset_belong_to_the_field_beside_or_below_them(tmp_path,
 
 
 def test_unknown_preset():
-    with pytest.raises(InputError, match=r"^there is no preset 'digit'; did you mean 'digits'\? valid: digits, "):
+    with pytest.raises(
+        InputError, match=r"^there is no preset 'digit'; did you mean 'digits'\? valid: cifar10-ect, digits, "
+    ):
         presets.find("digit")
 
 

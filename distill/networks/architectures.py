@@ -13,19 +13,25 @@ from distill.core.space import human
 from distill.flow.draws import key
 from distill.networks.acceleration_mlp import AccelerationMLP
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
+from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
+from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
 from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
 from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.spec import trainspec
 from distill.spec.model import MlpSpec, NetworkSpec, UNetSpec
 
 NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
-    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
-    "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
+    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityEdmUNet2DModel, VelocityMLP),
+    "flow_map": (FlowMapUNet2DModel, FlowMapEdmUNet2DModel, FlowMapMLP),
     "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
 }
+
+EDM: dict[type[nn.Module], str] = {SongUNet2DModel: "song", DhariwalUNet2DModel: "dhariwal"}
+"""networks of the EDM path -> the `design` of a VelocityEdmUNet2DModel"""
 
 
 def kind_of(network: nn.Module) -> str:
@@ -60,10 +66,13 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
     Only the weights of the additional input t - s are random; they depend on `seed`.
     """
     with drawn(seed, "second time"):
-        grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
-    weights = {
-        name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()
-    }
+        if isinstance(network, VelocityEdmUNet2DModel):
+            grown: ModelMixin = FlowMapEdmUNet2DModel.from_config(network.config)
+        else:
+            grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
+    weights = dict(network.state_dict())
+    if "class_embedding.weight" in weights:
+        weights[grown.class_weight] = weights.pop("class_embedding.weight")
     added = {name: t for name, t in grown.state_dict().items() if name not in weights}
     assert all("gap." in name for name in added), sorted(added)
     grown.load_state_dict({**weights, **added})
@@ -75,6 +84,8 @@ def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
 
     The weights of its additional input, the velocity, are zero, so at first it does not depend on this input.
     """
+    if isinstance(network, VelocityEdmUNet2DModel):
+        raise InputError("a network of EDM cannot get an acceleration; use a recipe with another kind of student")
     with drawn(seed, "acceleration"):  # all random weights are replaced below
         grown = _grown(network, AccelerationMLP, AccelerationUNet2DModel)
     weights = dict(network.state_dict())

@@ -11,6 +11,7 @@ from distill.flow.interpolants import linear
 from distill.networks.architectures import drawn
 from distill.networks.experts import Experts
 from distill.networks.velocity import VelocityStudent
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.protocols import Cond, OfImage
 
@@ -27,8 +28,8 @@ class Critic(nn.Module):
     so that one optimizer trains both in one turn. The initial weights of the head depend on `seed`.
 
     layers: names of the modules of `field.network` whose output, [B, tokens, width] or [B, width, ...], is classified;
-    two for networks that are `Experts`. None: those of a UNet2DModel with a mid block, or of a VelocityMLP; InputError
-    if it is neither. of_image: what belongs to the image in such an output.
+    two for networks that are `Experts`. None: those of a UNet2DModel with a mid block, of a network of EDM, or of a
+    VelocityMLP; InputError if it is none of them. of_image: what belongs to the image in such an output.
     """
 
     interpolant = linear()
@@ -54,6 +55,12 @@ class Critic(nn.Module):
                 blocks = [nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU()]
                 head = [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1)]
                 layers = ["mid_block"]
+            elif isinstance(network, VelocityEdmUNet2DModel):
+                channels = network.config.base_channels * network.config.channel_multipliers[-1]
+                norm = nn.GroupNorm(min(32, max(1, channels // 4)), channels)  # as in its blocks
+                blocks = [nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU()]
+                head = [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1)]
+                layers = ["network.mid_block"]
             elif isinstance(network, VelocityMLP):
                 width = network.config.width
                 head = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
@@ -61,10 +68,11 @@ class Critic(nn.Module):
             else:
                 raise InputError(
                     f"a discriminator does not support {type(network).__name__}; valid: a UNet2DModel with a "
-                    "mid block, an MLP"
+                    "mid block, a network of EDM, an MLP"
                 )
             self.head = nn.Sequential(*head).to(next(network.parameters()).device)
-        self.layers, self.pooled = tuple(layers), not isinstance(network, UNet2DModel | VelocityMLP)
+        own = UNet2DModel | VelocityEdmUNet2DModel | VelocityMLP
+        self.layers, self.pooled = tuple(layers), not isinstance(network, own)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         network, found = self.field.network, list[Tensor | tuple[Tensor, ...]]()

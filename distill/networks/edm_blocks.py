@@ -1,4 +1,7 @@
-"""The blocks of EDM's U-Nets; see `edm_unet`."""
+"""The blocks of EDM's U-Nets; see `edm_unet`.
+
+This file is shipped inside student folders: it imports torch only.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

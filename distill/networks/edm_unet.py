@@ -4,6 +4,8 @@ Karras et al. 2022 (arXiv 2206.00364, table 7) list their options. The designs a
 (arXiv 2011.13456) and Dhariwal and Nichol 2021 (arXiv 2105.05233). Both are called with c_noise = log(sigma) / 4 as
 time, and return F as in Karras et al., eq. (7). The input that describes the augmentation of training images is left
 out, because it is zero when samples are drawn.
+
+This file is shipped inside student folders: it imports torch and diffusers only.
 """
 
 import math
@@ -16,7 +18,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distill.networks.edm_blocks import BlockStyle, EdmBlock, ImageInput
+from .edm_blocks import BlockStyle, EdmBlock, ImageInput
 
 HEAD_CHANNELS = 64  # of an attention head of ADM
 
@@ -163,10 +165,12 @@ class EdmUNet2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        further: Tensor | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W], timestep = c_noise (a number or [B]), class_labels [B] -> F [B, C, H, W].
 
-        A network with K classes has the null class K, of a call without a condition.
+        A network with K classes has the null class K, of a call without a condition. further: [B, E], is added to the
+        embedding of time and class.
         """
         if (class_labels is None) != (self.num_classes is None):
             needed = "needs class_labels" if class_labels is None else "does not take class_labels"
@@ -176,6 +180,7 @@ class EdmUNet2DModel(ModelMixin, ConfigMixin):
         if class_labels is not None and self.num_classes is not None:
             classes = functional.one_hot(class_labels, self.num_classes + 1)[:, :-1].to(sample.dtype)
         embedding = self.embedded(noise, classes)
+        embedding = embedding if further is None else embedding + further.to(embedding.dtype)
         x, image = self.conv_in(sample), sample
         kept = [x]
         for down in self.down_blocks:

@@ -12,10 +12,11 @@ from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.networks.acceleration import AccelerationStudent
-from distill.networks.architectures import NETWORKS, accelerated, build, kind_of, two_times
+from distill.networks.architectures import EDM, NETWORKS, accelerated, build, kind_of, two_times
 from distill.networks.critic import Critic
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Codec, Cond
 from distill.spec.kinds import STUDENTS
@@ -159,7 +160,8 @@ class StudentInit:
             assert self.source.network is not None
             return native.copied(self.source.network, self.dropout)
         name = type(self.source.network).__name__
-        if not any(isinstance(self.source.network, each) for members in NETWORKS.values() for each in members):
+        exported = tuple(each for members in (*NETWORKS.values(), EDM) for each in members)
+        if not isinstance(self.source.network, exported):
             raise InputError(
                 f"{self.source.description}: exporting a student of class {name} is not supported; use a new `network`"
             )
@@ -198,9 +200,15 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
                     f"dropout: {source.description} is a network without dropout, so this has no effect; remove it"
                 )
             network = type(network).from_config(network.config, dropout=dropout)
-    weights = {name: tensor.detach().clone() for name, tensor in source.network.state_dict().items()}
+    weights = {name: tensor.detach().clone() for name, tensor in _weights(source.network).items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.float().to(source.network.device).train()
+
+
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a network by their names in the network that `_of_linear_path` makes."""
+    prefix = "network." if type(network) in EDM else ""
+    return {f"{prefix}{name}": tensor for name, tensor in network.state_dict().items()}
 
 
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
@@ -213,7 +221,7 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     if not isinstance(teacher.field, EdmField | NetworkField | VeField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
-    if native.is_native(teacher.network) or not isinstance(teacher.network, UNet2DModel):
+    if not isinstance(teacher.network, UNet2DModel) and type(teacher.network) not in EDM:
         return native.teacher_on_linear_path(teacher)
     if any(parameter.is_meta for parameter in teacher.network.parameters()):
         raise InputError(
@@ -222,13 +230,13 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
         )
     with init_empty_weights(include_buffers=False):
         network = _of_linear_path(teacher)
-    network.load_state_dict(teacher.network.state_dict(), strict=True, assign=True)
+    network.load_state_dict(_weights(teacher.network), strict=True, assign=True)
     network.eval().requires_grad_(False)
     return replace(teacher, field=NetworkField(network, linear(), "velocity", TIME_SCALE), network=network)
 
 
 def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
-    """A new network with the same weight names as the source, called as a network on the linear path.
+    """A new network with the weight names of `_weights`, called as a network on the linear path.
 
     It is built from the config instead of copied. All parameters of the source are frozen; in the new network only
     those are frozen that its class freezes. InputError if the source cannot be converted.
@@ -257,6 +265,19 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
                 network.config,
                 path="edm",
                 prediction="epsilon" if sign > 0 else "v_prediction",
+                sigma_data=sigma_data,
+                sigma_min=sigma_min,
+                sigma_max=sigma_max,
+            )
+        case EdmField(network, sigma_data, sign, t_range) if type(network) in EDM:
+            sigma_min, sigma_max = (t / (1 - t) for t in t_range)
+            classes = network.config.num_classes
+            options = {name: each for name, each in network.config.items() if name != "num_classes"}
+            return VelocityEdmUNet2DModel.from_config(
+                options,
+                num_class_embeds=None if classes is None else classes + 1,
+                design=EDM[type(network)],
+                sign=round(sign),
                 sigma_data=sigma_data,
                 sigma_min=sigma_min,
                 sigma_max=sigma_max,

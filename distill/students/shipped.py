@@ -21,8 +21,10 @@ SAMPLERS_DIR, NETWORKS_DIR = STUDENTS_DIR / "samplers", STUDENTS_DIR.parent / "n
 NETWORKS = {
     "VelocityMLP": "velocity_mlp",
     "VelocityUNet2DModel": "velocity_unet",
+    "VelocityEdmUNet2DModel": "velocity_edm",
     "FlowMapMLP": "flow_map_mlp",
     "FlowMapUNet2DModel": "flow_map_unet",
+    "FlowMapEdmUNet2DModel": "flow_map_edm",
     "AccelerationMLP": "acceleration_mlp",
     "AccelerationUNet2DModel": "acceleration_unet",
 }

@@ -11,6 +11,7 @@ from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.flow.codecs import PIXELS
 from distill.networks.architectures import NETWORKS
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Architecture, Codec
@@ -23,7 +24,8 @@ from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.read import Config, Read, checked, parse, short
 from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, VeSchedule, VpSchedule
 
-LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
+# Classes that are always called on the linear path.
+LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityEdmUNet2DModel, VelocityMLP)
 PIXEL_PIPELINE = ["scheduler", "unet"]  # the components of a pipeline in pixel space
 LATENT_PIPELINE = ["scheduler", "unet", "vqvae"]  # and of unconditional latent diffusion
 OF_CONVENTIONS = {"size", "conditions", "embedded_guidance", "vae"}  # options of teachers that have a convention

@@ -16,6 +16,7 @@ from distill.flow.fields import Indexed
 from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
 from distill.networks.critic import whole
 from distill.networks.experts import Experts
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.protocols import Codec, Cond, Conditioning, OfImage, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
@@ -89,7 +90,8 @@ class LoadedTeacher:
         def keep(name: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             found[name] = output
 
-        hooks = [self.network.get_submodule(n).register_forward_hook(partial(keep, n)) for n in dict.fromkeys(layers)]
+        network = self.network.network if isinstance(self.network, VelocityEdmUNet2DModel) else self.network
+        hooks = [network.get_submodule(n).register_forward_hook(partial(keep, n)) for n in dict.fromkeys(layers)]
         try:
             self.field(x_t, t, cond)
         finally:

@@ -8,11 +8,12 @@ from distill.core.errors import InputError
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.networks.experts import Experts
 from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.teachers.architectures import convention_of
 from distill.teachers.architectures.unet import ARCHITECTURE as UNET
 from distill.teachers.layout import CONFIG
 
-EDM = (SongUNet2DModel, DhariwalUNet2DModel)
+EDM = (SongUNet2DModel, DhariwalUNet2DModel, VelocityEdmUNet2DModel)
 
 
 def obstacle(network: nn.Module, shape: tuple[int, ...]) -> str | None:

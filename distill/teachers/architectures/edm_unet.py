@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.flow.conditioning import of_classes
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
+from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.protocols import Cond, Conditioning
 from distill.teachers.network_field import call_unet
 from distill.teachers.read import Read, Side, Size, checked
@@ -20,7 +22,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class EdmConfig(Read):
-    """The options of both networks."""
+    """The options of both networks, and of the students that are made from them."""
 
     sample_size: Side
     in_channels: Literal[1, 3] = 3
@@ -37,6 +39,18 @@ class EdmConfig(Read):
     time_channels_multiplier: Annotated[int, Field(ge=1, le=64)] = 1
     encoder_type: Literal["standard", "residual"] = "standard"
     filter_taps: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=16)] = [1, 1]
+    # of VelocityEdmUNet2DModel and FlowMapEdmUNet2DModel
+    num_class_embeds: Annotated[int, Field(ge=2, le=(1 << 16) + 1)] | None = None
+    design: Literal["song", "dhariwal"] = "song"
+    sign: Literal[1, -1] = 1
+    sigma_data: PositiveFloat = 0.5
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+
+    @property
+    def count(self) -> int | None:
+        """The number of classes without the null class; None: there are no classes."""
+        return self.num_classes if self.num_class_embeds is None else self.num_class_embeds - 1
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -48,6 +62,9 @@ class EdmConfig(Read):
             )
         if self.in_channels != self.out_channels:
             raise PydanticCustomError("channels", "in_channels and out_channels must be equal")
+        if self.sigma_min >= self.sigma_max:
+            told = {"low": f"{self.sigma_min:g}", "high": f"{self.sigma_max:g}"}
+            raise PydanticCustomError("range", "sigma_min={low}; valid: less than sigma_max={high}", told)
         return self
 
 
@@ -55,7 +72,12 @@ class EdmConfig(Read):
 class EdmArchitecture:
     """Networks for images in pixel space, with or without class labels. Implements `protocols.Architecture`."""
 
-    classes: tuple[type[nn.Module], ...] = (SongUNet2DModel, DhariwalUNet2DModel)
+    classes: tuple[type[nn.Module], ...] = (
+        SongUNet2DModel,
+        DhariwalUNet2DModel,
+        VelocityEdmUNet2DModel,
+        FlowMapEdmUNet2DModel,
+    )
     title: str = "EDM (files of `distill convert`)"
     pipelines: tuple[str, ...] = ()
     prediction: str = "epsilon (the raw network)"
@@ -71,7 +93,7 @@ class EdmArchitecture:
         part of the time, or if the spec says so.
         """
         config = checked(EdmConfig, content, path)
-        count = config.num_classes
+        count = config.count
         if null_class is not None and null_class != count:
             valid = "has no classes; leave it out" if count is None else f"has {count} classes, valid: {count}"
             raise InputError(f"teacher.null_class={null_class}: {path} {valid}")
