@@ -20,14 +20,14 @@ from distill.execution import caching, sources
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
 from distill.flow.interpolants import linear
-from distill.networks.adapters import as_trained
+from distill.networks.sharing import is_shared
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
-from distill.protocols import Adapter, Copy, Recipe, Trained
+from distill.protocols import Adapter, Copy, Recipe
 from distill.spec import cacheuse, pairspec, registry
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
-from distill.students import native, sampling
+from distill.students import adapting, native, sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
 from distill.teachers import LoadedTeacher
@@ -178,7 +178,9 @@ def start(
     shape = samples.shape
     if data is not None and samples is data:
         shape = sample_shape(data, PIXELS if known is None else known.codec)
-    init = StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
+    init = StudentInit(
+        origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout, shares=bool(stage.lora)
+    )
     if data is not None and "data" in recipe.needs:
         _check_buckets(init, data)
     return init
@@ -227,13 +229,14 @@ def _build(
     roles = made.networks(init)
     if registry.drops_condition(recipe.config):  # an error now if there is no null condition, and not in the first step
         init.null(init.conditioning.collate(torch.zeros(1, dtype=torch.int64)))
-    made_of = {name: role for name, role in roles.items() if isinstance(role, Trained | Adapter)}
-    trained = {name: as_trained(name, role, init.seed).module for name, role in made_of.items()}
-    sizes = {name: [p.numel() for p in each.parameters() if p.requires_grad] for name, each in trained.items()}
-    still = {name: [p.numel() for p in each.parameters() if not p.requires_grad] for name, each in trained.items()}
+    trained = {name: each.module for name, each in adapting.trained(roles, stage.lora, init.seed, stage.recipe).items()}
+    changed = {name: [p for p in each.parameters() if not is_shared(p)] for name, each in trained.items()}
+    sizes = {name: [p.numel() for p in each if p.requires_grad] for name, each in changed.items()}
+    still = {name: [p.numel() for p in each if not p.requires_grad] for name, each in changed.items()}
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
-    student = made_of["student"].module  # adapters will be merged into it
-    exported = sum(p.numel() for p in student.parameters())
+    made_as = roles["student"]
+    student = made_as.module if isinstance(made_as, Adapter) else trained["student"]  # recipes' adapters will be merged
+    exported = sum(p.numel() for p in student.parameters() if not is_shared(p))
     return made, Built(_pretend(student, init), sizes, still, exported, copies, called)
 
 

@@ -4,15 +4,19 @@ The weights W of a layer are frozen and two factors B and A are trained. The lay
 """
 
 import re
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.networks.architectures import drawn
+from distill.networks.sharing import ADAPTER
 from distill.protocols import Adapter, Trained
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # that may have adapters
 
 
 def as_trained(name: str, role: Trained | Adapter, seed: int) -> Trained:
@@ -24,9 +28,9 @@ def as_trained(name: str, role: Trained | Adapter, seed: int) -> Trained:
     """
     if isinstance(role, Trained):
         return role
-    peft, network = _peft(), deepcopy(role.module).requires_grad_(False)
+    peft, network = require_peft(), deepcopy(role.module).requires_grad_(False)
     # A regular expression of full names, because PEFT would also match names that end with a name in a list.
-    layers = "|".join(re.escape(layer) for layer in _targets(name, role))
+    layers = "|".join(re.escape(layer) for layer in matching(name, role.module, role.targets))
     config = peft.LoraConfig(r=role.rank, lora_alpha=role.alpha, target_modules=layers)
     with drawn(seed, f"adapter of {name}"):
         peft.inject_adapter_in_model(config, network)
@@ -37,7 +41,7 @@ def merged(role: Trained | Adapter, network: nn.Module) -> nn.Module:
     """Merges the adapters of a network into its weights, in place, and returns the network."""
     if isinstance(role, Trained):
         return network
-    layer_type = _peft().tuners.lora.LoraLayer
+    layer_type = require_peft().tuners.lora.LoraLayer
     for path, layer in list(network.named_modules()):
         if isinstance(layer, layer_type):
             layer.merge()
@@ -46,28 +50,48 @@ def merged(role: Trained | Adapter, network: nn.Module) -> nn.Module:
     return network
 
 
-def _targets(name: str, role: Adapter) -> list[str]:
-    """The full names of the layers to adapt. Raises InputError if a target matches none."""
-    layers = [path for path, layer in role.module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+def plain_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network as if it had no adapters. Those that it has are merged, in float32."""
+    state = network.state_dict()
+    if not any(ADAPTER in name for name in state):
+        return state
+    found = {name.replace(".base_layer.", "."): each for name, each in state.items() if ADAPTER not in name}
+    for path, layer in network.named_modules():
+        if isinstance(layer, require_peft().tuners.lora.LoraLayer):
+            (adapter,) = layer.lora_A  # one adapter
+            down, up = (each[adapter].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
+            change = layer.scaling[adapter] * up.flatten(1) @ down.flatten(1)
+            weight = found[f"{path}.weight"]
+            found[f"{path}.weight"] = weight.float() + change.view(weight.shape)
+    return found
+
+
+def matching(name: str, network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The full names of the layers to adapt in network `name`. Raises InputError if a target matches none.
+
+    targets: names of layers, or the ends of their names.
+    """
+    paths = [path for path, layer in network.named_modules() if isinstance(layer, LAYERS) and ADAPTER not in path]
+    layers = [path.removesuffix(".base_layer") for path in paths]
     found: list[str] = []
-    for target in role.targets:
+    for target in targets:
         matched = [path for path in layers if path == target or path.endswith(f".{target}")]
         if not matched:
             raise InputError(
                 f"network '{name}': the adapter's target '{target}' matches no linear or convolution layer (by full "
-                f"name or last part); {suggest(target, _ends(layers))}"
+                f"name or last part); {suggest(target, ends(layers))}"
             )
         found += matched
     return list(dict.fromkeys(found))
 
 
-def _ends(paths: list[str]) -> set[str]:
+def ends(paths: Iterable[str]) -> set[str]:
     """The last part of each name that is not a number, with the numbers that follow it, e.g. "layers.0"."""
-    named = [re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", path) for path in paths]
-    return {path if found is None else found.group() for path, found in zip(paths, named, strict=True)}
+    named = {path: re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", path) for path in paths}
+    return {path if found is None else found.group() for path, found in named.items()}
 
 
-def _peft() -> ModuleType:
+def require_peft() -> ModuleType:
     """Imports PEFT. This takes seconds, so it is done only if there is an adapter."""
     try:
         import peft

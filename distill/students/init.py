@@ -35,6 +35,8 @@ class StudentInit:
     shape, num_classes: of the training samples.
     teacher: the critic starts from its weights, if it has any, whatever the student starts from.
     dropout: dropout probability of a copied network; None: as in the source.
+    shares: the networks share the frozen weights of the teacher, or of the source; see `adapting.trained`, which makes
+    them trainable. InputError if the source is not the network of a latent-space pipeline.
 
     The attributes `num_classes` and `null_class` are those of the networks made here. A new network has the classes of
     the teacher, or of the samples if there is no teacher; with K classes its null class is K. A copied network must
@@ -51,7 +53,10 @@ class StudentInit:
         seed: int,
         teacher: LoadedTeacher | None = None,
         dropout: float | None = None,
+        *,
+        shares: bool = False,
     ) -> None:
+        self.shares = shares
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
         self.dropout, self.packaging = dropout, None if source is None else source.packaging
         self.codec: Codec = next((each.codec for each in (teacher, source) if each is not None), PIXELS)
@@ -70,6 +75,11 @@ class StudentInit:
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
             raise InputError(f"{given}, so there are no weights to start from; describe a new network in `network`")
+        if shares and not native.is_native(source.network):
+            raise InputError(
+                f"lora: {source.description} is not the network of a latent-space pipeline, and others cannot have "
+                "adapters; remove lora, so that it is trained in full"
+            )
         self.num_classes, self.null_class = source.num_classes, source.null_class
         self.conditioning = source.conditioning
         if source.num_classes != shown and not (source.num_classes is None and teacher is None):
@@ -133,14 +143,22 @@ class StudentInit:
                 return native.critic(field.network, self._call(), self.seed)
             return Critic(field, self.seed)
         if native.is_native(self.teacher.network):
-            network = native.copied(self.teacher.network, None)
-            return native.critic(network, native.call_of(self.teacher), self.seed)
+            network = self._start(self.teacher.network, None)
+            return native.critic(network, self._called(native.call_of(self.teacher)), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
 
     def _call(self) -> LinearCall:
         """How the network of a source of a latent-space pipeline is called."""
         assert self.source is not None
-        return native.call_of(self.source if isinstance(self.source, LoadedTeacher) else self.source.student)
+        return self._called(
+            native.call_of(self.source if isinstance(self.source, LoadedTeacher) else self.source.student)
+        )
+
+    def _called(self, call: LinearCall) -> LinearCall:
+        return call if self.shares else native.in_float32(call)
+
+    def _start(self, network: nn.Module, dropout: float | None) -> nn.Module:
+        return (native.on_shared_base if self.shares else native.copied)(network, dropout)
 
     def _network(self, what: str, kind: str = "velocity") -> nn.Module:
         """A velocity network on the linear path, or a copy of a source that already is of this kind.
@@ -158,7 +176,7 @@ class StudentInit:
             )
         if native.is_native(self.source.network):
             assert self.source.network is not None
-            return native.copied(self.source.network, self.dropout)
+            return self._start(self.source.network, self.dropout)
         name = type(self.source.network).__name__
         exported = tuple(each for members in (*NETWORKS.values(), EDM) for each in members)
         if not isinstance(self.source.network, exported):

@@ -3,8 +3,9 @@
 What makes them students of the linear path happens around the network, in `LinearCall`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import init_empty_weights
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.flow.interpolants import linear
 from distill.networks.acceleration import AccelerationStudent
+from distill.networks.adapters import plain_weights
 from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.sharing import ADAPTER, as_base, copy_of, has_base, is_shared
 from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond
@@ -51,14 +54,18 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
 
 
 def call_of(source: LoadedTeacher | NativeStudent) -> LinearCall:
-    """How a copy in float32 of the network of a teacher, or of a student made here, is called on the linear path."""
+    """How the network of a teacher, or of a student made here, is called on the linear path."""
     if isinstance(source, LoadedTeacher):
         assert isinstance(source.field, EdmField | NetworkField)
-        own = linear_call(source.field)  # may cast to the data type of the teacher's weights
-        return replace(own, call=own.call.call) if isinstance(own.call, InDtype) else own
+        return linear_call(source.field)
     found = source.call
     assert isinstance(found, LinearCall | TwoTimesCall | TwoNetworksCall)
     return found if isinstance(found, LinearCall) else found.call
+
+
+def in_float32(call: LinearCall) -> LinearCall:
+    """How a copy in float32 of the network is called: without a cast to the data type of the teacher's weights."""
+    return replace(call, call=call.call.call) if isinstance(call.call, InDtype) else call
 
 
 def copied(network: nn.Module, dropout: float | None) -> nn.Module:
@@ -66,17 +73,49 @@ def copied(network: nn.Module, dropout: float | None) -> nn.Module:
 
     dropout: probability in all its layers of dropout; None: as in the network.
     """
-    found = _without_unused(_built_again(network).train())
-    if dropout is not None:
-        layers = [each for each in found.modules() if isinstance(each, nn.Dropout)]
-        if not layers:
-            raise InputError(
-                f"dropout: {type(base_of(network)).__name__} is a network without dropout, so this has no effect; "
-                "remove it"
-            )
-        for layer in layers:
-            layer.p = dropout
-    return found
+    return _with_dropout(_without_unused(_built_again(network).train()), dropout)
+
+
+def on_shared_base(network: nn.Module, dropout: float | None) -> nn.Module:
+    """A copy that shares the frozen weights of the network, in their data type. Adapters and what is new are copied.
+
+    dropout: as for `copied`.
+    """
+    if not has_base(network):
+        as_base(network)
+    found = copy_of(network).train()
+    for name, parameter in found.named_parameters():
+        parameter.requires_grad_(not is_shared(parameter) and ADAPTER not in name)
+    return _with_dropout(found, dropout)
+
+
+def unshared(module: nn.Module) -> None:
+    """Gives the networks in a module, which share their weights with a teacher, own weights in float32, all trained."""
+    for part in list(module.modules()):
+        for name, network in part.named_children():
+            if is_native(network) and has_base(network) and not isinstance(part, Experts | TwoNetworks | TwoTimes):
+                dropped = {key: each.p for key, each in network.named_modules() if isinstance(each, nn.Dropout)}
+                setattr(part, name, again := copied(network, None))
+                for key, probability in dropped.items():
+                    again.get_submodule(key).p = probability
+        match getattr(part, "call", None):
+            case LinearCall() as call:
+                part.call = in_float32(call)
+            case TwoTimesCall() | TwoNetworksCall() as call:
+                part.call = replace(call, call=in_float32(call.call))
+
+
+def _with_dropout(network: nn.Module, dropout: float | None) -> nn.Module:
+    if dropout is None:
+        return network
+    layers = [each for each in network.modules() if isinstance(each, nn.Dropout)]
+    if not layers:
+        raise InputError(
+            f"dropout: {type(base_of(network)).__name__} is a network without dropout, so this has no effect; remove it"
+        )
+    for layer in layers:
+        layer.p = dropout
+    return network
 
 
 @dataclass(frozen=True)
@@ -150,13 +189,64 @@ def accelerated(network: nn.Module) -> nn.Module:
     config = {name: each for name, each in network.config.items() if name != "_use_default_values"}
     with init_empty_weights(include_buffers=False):  # all weights are set below
         grown = type(network).from_config(convention.with_velocity(config))
-    weights = convention.widened(config, network.state_dict(), grown.state_dict())
-    grown.load_state_dict({name: each.clone() for name, each in weights.items()}, assign=True)
+    plain = {name.replace(".base_layer.", "."): each for name, each in network.state_dict().items()}
+    plain = {name: each for name, each in plain.items() if ADAPTER not in name}
+    weights = convention.widened(config, plain, grown.state_dict())
+    same = _same(plain, weights) if has_base(network) else set()
+    own = {name: each if name in same else each.clone() for name, each in weights.items()}
+    grown.load_state_dict(own, assign=True)
+    if same:
+        _share(grown, network, same)
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Dropout):
             grown.get_submodule(name).p = layer.p  # a stage may set another one than the config
     convention.settled(grown)
     return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def _same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """The names of the weights in layers of which no weight has changed."""
+    changed = {name.rpartition(".")[0] for name, each in after.items() if each is not before.get(name)}
+    return {name for name in after if name.rpartition(".")[0] not in changed}
+
+
+def _share(grown: nn.Module, network: nn.Module, same: Collection[str]) -> None:
+    """Makes the weights `same` of a network with more input channels those of `network`, with its adapters.
+
+    The other weights are trained, in float32.
+    """
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        plain = name.replace(".base_layer.", ".")
+        owner, _, own = plain.rpartition(".")
+        if plain in same:
+            setattr(grown.get_submodule(owner), own, parameter)
+    for name, buffer in network.named_buffers():
+        owner, _, own = name.rpartition(".")
+        if (made := dict(grown.named_buffers()).get(name)) is not None and made.shape == buffer.shape:
+            setattr(grown.get_submodule(owner), own, buffer)
+    for name, part in list(network.named_modules()):
+        if hasattr(part, "base_layer"):
+            if f"{name}.weight" not in same:
+                raise InputError(
+                    f"the layer {name} has an adapter, and an acceleration has a wider layer in its place; start from "
+                    "a network without an adapter there"
+                )
+            grown.set_submodule(name, copy_of(part))
+    new = {name: each for name, each in grown.named_parameters() if not is_shared(each) and ADAPTER not in name}
+    for owner in {name.rpartition(".")[0]: None for name in new}:
+        part, dtype = grown.get_submodule(owner), next(network.parameters()).dtype
+        if dtype != torch.float32:
+            part.float().register_forward_pre_hook(_cast_inputs)
+            part.register_forward_hook(partial(_cast_output, dtype))
+        part.requires_grad_(True)
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.float() for each in inputs)
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def critic(network: nn.Module, call: LinearCall, seed: int) -> Critic:
@@ -207,7 +297,7 @@ def _built_again(network: nn.Module) -> nn.Module:
                 found = type(network).from_config(network.config)
             weights = {
                 name: each.detach().to(torch.float32 if each.is_floating_point() else each.dtype, copy=True)
-                for name, each in network.state_dict().items()
+                for name, each in plain_weights(network).items()
             }
             found.load_state_dict(weights, strict=True, assign=True)
             convention_for(found).settled(found)

@@ -26,6 +26,7 @@ from distill.teachers.convention import Convention
 from distill.teachers.read import Config, Read, ShortText, checked, parse, short, unreadable
 from distill.teachers.variants import listing
 
+GIVEN = "teacher.lora"  # the field of the spec that names the file
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and peft write them
 SETTINGS = "adapter_config.json"  # of peft, beside its file
 EMBEDDED = "lora_adapter_metadata"  # entry of a file's header, with the settings as JSON
@@ -64,23 +65,19 @@ def merge(network: nn.Module, convention: Convention | None, path: Path, scale: 
 
     path: a safetensors file, or a folder with one. Raises InputError if it is not a LoRA of this network.
     """
-    file = _file(path)
     if not isinstance(network, PeftAdapterMixin) or convention is None:
+        _file(path, GIVEN)
         raise InputError(
-            f"teacher.lora={path} has no effect on a {type(network).__name__}, because diffusers cannot add a LoRA to "
-            "it; merge it into the weights, and remove teacher.lora"
+            f"{GIVEN}={path} has no effect on a {type(network).__name__}, because diffusers cannot add a LoRA to it; "
+            f"merge it into the weights, and remove {GIVEN}"
         )
-    prefix = "unet" if "UNet" in type(network).__name__ else "transformer"
-    tensors, settings = _read(file, prefix)
-    if not _is_of_diffusers(tensors, network, prefix):
-        tensors = _converted(file, tensors, network, convention)
-    tensors = _of_network(file, tensors, prefix)
-    _check(file, tensors, network)
+    file, prefix = _file(path, GIVEN), _prefix(network)
+    scaled = read(network, convention, path)
     before = {name: (each.shape, each.dtype) for name, each in network.state_dict().items()}
     try:
         with torch.random.fork_rng(devices=[]):
             network.load_lora_adapter(
-                {f"{prefix}.{name}": each for name, each in _scaled(tensors, settings).items()},
+                {f"{prefix}.{name}": each for name, each in scaled.items()},
                 prefix=prefix,
                 low_cpu_mem_usage=True,
             )
@@ -98,26 +95,46 @@ def merge(network: nn.Module, convention: Convention | None, path: Path, scale: 
     return weights.digest_of(file)
 
 
-def _file(path: Path) -> Path:
+def read(network: nn.Module, convention: Convention, path: Path, given: str = GIVEN) -> dict[str, Tensor]:
+    """The matrices of a LoRA in float32, as LAYER.lora_A.weight and LAYER.lora_B.weight. B contains alpha / rank.
+
+    path: a safetensors file, or a folder with one, in any layout that diffusers converts. given: the field of the spec
+    that names it. Raises InputError if it is not a LoRA of this network.
+    """
+    file, prefix = _file(path, given), _prefix(network)
+    tensors, settings = _read(file, prefix, given)
+    if not _is_of_diffusers(tensors, network, prefix):
+        tensors = _converted(file, tensors, network, convention, given)
+    tensors = _of_network(file, tensors, prefix)
+    _check(file, tensors, network, given)
+    return _scaled(tensors, settings)
+
+
+def _prefix(network: nn.Module) -> str:
+    """How the names of weights begin in files of diffusers."""
+    return "unet" if "UNet" in type(network).__name__ else "transformer"
+
+
+def _file(path: Path, given: str) -> Path:
     """The safetensors file of a LoRA. InputError if there is none, or if there are several."""
     if not path.exists():
-        raise InputError(f"teacher.lora={path} does not exist here; download it and give the file or its folder")
+        raise InputError(f"{given}={path} does not exist here; download it and give the file or its folder")
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise InputError(f"teacher.lora={path}: only safetensors files are loaded; convert it, or give another one")
+            raise InputError(f"{given}={path}: only safetensors files are loaded; convert it, or give another one")
         return path
     found = sorted(each for each in path.glob("*.safetensors") if each.is_file())
     named = [each for each in found if each.name in NAMES]
     found = named if len(named) == 1 else found
     if len(found) != 1:
         raise InputError(
-            f"teacher.lora={path} is a folder with {len(found)} safetensors files ("
+            f"{given}={path} is a folder with {len(found)} safetensors files ("
             f"{listing(each.name for each in path.iterdir())}); give the path of the file"
         )
     return found[0]
 
 
-def _read(file: Path, prefix: str) -> tuple[dict[str, Tensor], AdapterSettings]:
+def _read(file: Path, prefix: str, given: str) -> tuple[dict[str, Tensor], AdapterSettings]:
     """The tensors of a file in float32, and the settings in its header or beside it."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -136,7 +153,7 @@ def _read(file: Path, prefix: str) -> tuple[dict[str, Tensor], AdapterSettings]:
     else:
         settings = checked(AdapterSettings, embedded_settings(file, header, prefix), file)
     if settings.peft_type != "LORA":
-        raise InputError(f"teacher.lora={file} is an adapter of type {short(settings.peft_type)}; valid: LORA")
+        raise InputError(f"{given}={file} is an adapter of type {short(settings.peft_type)}; valid: LORA")
     return tensors, settings
 
 
@@ -162,7 +179,9 @@ def _is_of_diffusers(tensors: Mapping[str, Tensor], network: nn.Module, prefix: 
     return all(each is not None and each["module"] in layers for each in found)
 
 
-def _converted(file: Path, tensors: dict[str, Tensor], network: nn.Module, convention: Convention) -> dict[str, Tensor]:
+def _converted(
+    file: Path, tensors: dict[str, Tensor], network: nn.Module, convention: Convention, given: str
+) -> dict[str, Tensor]:
     """The tensors under the names of diffusers, as the network's pipeline converts them."""
     pipeline = getattr(diffusers, convention.pipelines[0])
     if "lora_state_dict" not in dir(pipeline):
@@ -171,7 +190,7 @@ def _converted(file: Path, tensors: dict[str, Tensor], network: nn.Module, conve
         found = pipeline.lora_state_dict(dict(tensors), return_alphas=True, unet_config=network.config)
     except CONVERSION as error:
         raise InputError(
-            f"teacher.lora={file} is not a LoRA of a {type(network).__name__}, or is in an unknown layout "
+            f"{given}={file} is not a LoRA of a {type(network).__name__}, or is in an unknown layout "
             f"({type(error).__name__}: {short(str(error))}); convert it to diffusers' format"
         ) from error
     converted, alphas = found if isinstance(found, tuple) else (found, None)
@@ -200,7 +219,7 @@ def _module(name: str) -> str:
     return name.partition(".lora_")[0].removesuffix(".alpha")
 
 
-def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module) -> None:
+def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module, given: str) -> None:
     """InputError unless each tensor belongs to a layer of the network."""
     layers = _layers(network)
     adapted = {name for name in tensors if ".lora_" in name or name.endswith(".alpha")}
@@ -208,13 +227,13 @@ def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module) -> Non
     if unknown or not adapted:
         found = f"unknown weights: {weights.some(unknown)}" if unknown else "it has no weights for this network"
         raise InputError(
-            f"teacher.lora={file} is not a LoRA of the {type(network).__name__} of this teacher: {found}; give a LoRA "
+            f"{given}={file} is not a LoRA of the {type(network).__name__} of this teacher: {found}; give a LoRA "
             "that was trained for this model"
         )
     for name in sorted(adapted):
         other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
         if other not in tensors and not name.endswith((".alpha", ".bias")):
-            raise InputError(f"teacher.lora={file} has {short(name)} but no {short(other)}; copy or download it again")
+            raise InputError(f"{given}={file} has {short(name)} but no {short(other)}; copy or download it again")
 
 
 def _scaled(tensors: Mapping[str, Tensor], settings: AdapterSettings) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import RunError
 from distill.flow.draws import Rows
+from distill.networks.sharing import is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.optimizer import FACTOR, Reach, buckets, parameter_groups
@@ -33,7 +34,7 @@ class PlainTrainable:
                 raise ValueError(f"network '{name}': {key} is {p.dtype}; trained weights are torch.float32")
         self._unique = list(dict.fromkeys(self._parameters.values()))
         self.sizes = [p.numel() for p in self._unique]
-        self.still = [p.numel() for p in self.module.parameters() if not p.requires_grad]
+        self.still = [p.numel() for p in self.module.parameters() if not p.requires_grad and not is_shared(p)]
         device = self._unique[0].device
         fused = device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
@@ -113,10 +114,10 @@ class PlainTrainable:
         yield
 
     def weights(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
+        return own_state(self.module)
 
     def unmoved(self) -> dict[str, Tensor]:
-        return {key: t for key, t in self.module.state_dict().items() if key not in self._parameters}
+        return {key: t for key, t in own_state(self.module).items() if key not in self._parameters}
 
     def state(self) -> dict[str, Tensor]:
         moments = self._optimizer.state
@@ -145,7 +146,7 @@ class PlainTrainable:
 
     def live(self) -> dict[str, list[Tensor]]:
         return {
-            "parameters": list(self.module.parameters()),
+            "parameters": [p for p in self.module.parameters() if not is_shared(p)],
             "gradients": [p.grad for p in self._unique if p.grad is not None],
             "optimizer": [t for moments in self._optimizer.state.values() for t in moments.values()],
         }

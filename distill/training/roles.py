@@ -5,7 +5,6 @@ This is everything that training changes, so it is what a checkpoint contains be
 
 import gc
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 
 import torch
 from diffusers import ModelMixin
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
-from distill.networks.adapters import as_trained
+from distill.networks.sharing import copy_of, has_base, is_shared, load_own, own_state
 from distill.networks.two_times import TwoTimes, recomputed
-from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
+from distill.protocols import Copy, Frozen, Init, Nets, Recipe, Stateful
 from distill.spec.model import TrainStage
+from distill.students import adapting
 from distill.teachers.architectures import convention_of
 from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, TensorGroup, ema_group, network_group, optimizer_group
 from distill.training.ema import Ema
@@ -53,9 +53,7 @@ class Roles:
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
         roles = recipe.networks(init)
-        own = {
-            name: as_trained(name, role, seed) for name, role in roles.items() if isinstance(role, Trained | Adapter)
-        }
+        own = adapting.trained(roles, stage.lora, seed, self.name)
         trained = {name: role.module for name, role in own.items()}
         frozen = {name: role.module for name, role in roles.items() if isinstance(role, Frozen)}
         self.copies = {name: role for name, role in roles.items() if isinstance(role, Copy)}
@@ -67,7 +65,7 @@ class Roles:
                     f"recipe '{self.name}': '{name}' is a copy of '{copy.of}', which it does not train; "
                     f"{suggest(copy.of, trained)}"
                 )
-            frozen[name] = deepcopy(trained[copy.of])
+            frozen[name] = copy_of(trained[copy.of])
         self.networks = {**trained, **frozen}
         apart = [network for name, network in frozen.items() if sharding.divides_frozen and name not in self.copies]
         in_parts = [*apart, *(trained.values() if sharding.divides_trained else [])]  # divide() moves these
@@ -79,9 +77,10 @@ class Roles:
             self.networks[name].requires_grad_(False).eval()
         if found is not None:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
-        # All ranks take the weights of rank 0: the recipe may have initialised them differently on each rank.
+        # All ranks take the weights of rank 0: the recipe may have initialised them differently on each rank. Those of
+        # a base were read from the same files by all.
         for module in self.networks.values():
-            world.share([*module.parameters(), *module.buffers()])
+            world.share([*(each for each in module.parameters() if not is_shared(each)), *_buffers(module)])
         if recompute:
             _recompute(self.name, list(trained.values()))
         if sharding.divides_frozen and teacher is not None:
@@ -113,7 +112,7 @@ class Roles:
 
     def moved(self, name: str) -> None:
         """Call after an optimizer step of `name`: updates its target copies. Buffers are taken from rank 0."""
-        self.world.share(self.networks[name].buffers())
+        self.world.share(_buffers(self.networks[name]))
         for copy, role in self.copies.items():
             if role.of == name:
                 self._follow(self.networks[copy], self.trainables[name], role.decay)
@@ -121,8 +120,9 @@ class Roles:
     @torch.no_grad()
     def _follow(self, copy: nn.Module, trainable: Trainable, decay: float) -> None:
         with trainable.whole():
-            torch._foreach_lerp_(list(copy.parameters()), list(trainable.module.parameters()), 1 - decay)
-        for ours, theirs in zip(copy.buffers(), trainable.module.buffers(), strict=True):
+            ours, theirs = ([p for p in each.parameters() if not is_shared(p)] for each in (copy, trainable.module))
+            torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for ours, theirs in zip(_buffers(copy), _buffers(trainable.module), strict=True):
             ours.copy_(theirs)
 
     def rest(self) -> None:
@@ -158,7 +158,7 @@ class Roles:
             yield network_group(name), trainable.weights()
             yield optimizer_group(name), trainable.state()
         for name in self.copies:
-            yield network_group(name), self.networks[name].state_dict()
+            yield network_group(name), own_state(self.networks[name])
         for half_life, own in self.ema.averages.items():
             yield ema_group("student", half_life), self._average(own)
         if isinstance(self.recipe, Stateful):
@@ -175,13 +175,13 @@ class Roles:
         """This rank's tensors by kind: the kinds of `Trainable.live`, "ema" and "copies"."""
         found = [trainable.live() for trainable in self.trainables.values()]
         kinds = {kind: [tensor for each in found for tensor in each[kind]] for kind in found[0]}
-        copies = [p for name in self.copies for p in self.networks[name].parameters()]
+        copies = [p for name in self.copies for p in self.networks[name].parameters() if not is_shared(p)]
         return {**kinds, "ema": [t for own in self.ema.averages.values() for t in own.values()], "copies": copies}
 
     def _load_weights(self, found: Checkpoint, names: list[str]) -> None:
         for name in names:
             try:
-                self.networks[name].load_state_dict(found.tensors(network_group(name)))
+                load_own(self.networks[name], found.tensors(network_group(name)))
             except RuntimeError as error:
                 raise RunError(
                     f"checkpoint {found.path} does not fit recipe '{self.name}': {' '.join(str(error).split())}"
@@ -205,10 +205,15 @@ class Roles:
 
 def _refuse_sharing(networks: Mapping[str, nn.Module], trained: list[str]) -> None:
     for name in trained:
-        own = set(networks[name].parameters())
+        own = {each for each in networks[name].parameters() if not is_shared(each)}
         for other, network in networks.items():
             if other != name and own & set(network.parameters()):
                 raise ValueError(f"networks '{name}' and '{other}' share weights; give one of them a copy")
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers that may change: none if they are shared, like the weights of a base."""
+    return [] if has_base(module) else list(module.buffers())
 
 
 def _recompute(recipe: str, networks: list[nn.Module]) -> None:

@@ -7,7 +7,7 @@ process. So a checkpoint can be loaded with any number of ranks and any stage.
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from distill.flow.draws import Rows
+from distill.networks.sharing import has_base, is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.optimizer import BUCKET, buckets
@@ -41,6 +42,30 @@ class ParameterPart:
 
     def of(self, flats: list[Tensor]) -> Tensor:
         return flats[self.flat].view(-1).narrow(0, self.at, self.numel)
+
+
+class OfTrained(nn.Module):
+    """A module as DeepSpeed sees it: with the parameters that are trained alone.
+
+    DeepSpeed would convert the others to float32 and send them to all ranks. They belong to several networks.
+    """
+
+    def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)
+        self._called = (module,)  # in a tuple, so that it is no part of this module
+
+    def forward(self, *inputs: object) -> object:
+        return self._called[0](*inputs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """What recipes read from the module, such as its interpolant."""
+        if name in ("trained", "_called"):
+            return super().__getattr__(name)
+        return getattr(self._called[0], name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *dir(self._called[0])]
 
 
 class ZeroTrainable(PlainTrainable):
@@ -67,7 +92,8 @@ class ZeroTrainable(PlainTrainable):
         config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
             _divide(self.module, device, config)
-        self.engine = _initialize(self.module, config, world, self._optimizer)
+        called = OfTrained(self.module, self._unique) if has_base(self.module) else self.module
+        self.engine = _initialize(called, config, world, self._optimizer)
         self._flats, self._parts = self._layout()
 
     @property
@@ -138,7 +164,8 @@ class ZeroTrainable(PlainTrainable):
         if self.stage == 3:
             owned = [p.ds_tensor for p in self.module.parameters()]
             return {**found, "parameters": [*self.module.parameters(), *owned], "gradients": self._divided_gradients()}
-        return {**found, "parameters": list(self.module.parameters()), "gradients": self._divided_gradients()}
+        parameters = [p for p in self.module.parameters() if not is_shared(p)]
+        return {**found, "parameters": parameters, "gradients": self._divided_gradients()}
 
     def _divided_gradients(self) -> list[Tensor]:
         optimizer = self.engine.optimizer
@@ -148,7 +175,7 @@ class ZeroTrainable(PlainTrainable):
 
     def unmoved(self) -> dict[str, Tensor]:
         parameters, found = dict(self.module.named_parameters(remove_duplicate=False)), {}
-        for key, tensor in self.module.state_dict().items():
+        for key, tensor in own_state(self.module).items():
             if key not in self.shapes:
                 frozen = [parameters[key]] if key in parameters else []  # one by one: all may not fit on a device
                 with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):

@@ -1,0 +1,59 @@
+"""Networks that share their weights with other networks: one frozen base in memory, whose copies have own adapters.
+
+The weights of a base are the same parameters in all its copies. They are marked, so that training neither changes nor
+averages, saves or sends them.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+from torch import Tensor, nn
+
+MARK = "belongs_to_a_base"  # attribute of a parameter
+ADAPTER = ".lora_"  # in the names of the parameters of adapters
+
+
+def is_shared(parameter: Tensor) -> bool:
+    """Whether a parameter belongs to a frozen base."""
+    return getattr(parameter, MARK, False)
+
+
+def has_base(module: nn.Module) -> bool:
+    """Whether a module has weights of a frozen base."""
+    return any(is_shared(each) for each in module.parameters())
+
+
+def as_base(network: nn.Module) -> None:
+    """Marks all weights of a network, except those of its adapters, as those of a base. They are frozen."""
+    for name, parameter in network.named_parameters():
+        if ADAPTER not in name:
+            setattr(parameter.requires_grad_(False), MARK, True)
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy of a module. The weights of a base in it are shared with the module, and nothing else.
+
+    If there is a base, buffers are shared, too: those of a base are constant.
+    """
+    shared: list[Tensor] = [each for each in module.parameters() if is_shared(each)]
+    if shared:
+        shared += module.buffers()
+    return deepcopy(module, {id(each): each for each in shared})
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the weights and buffers of a base; the whole state dict if there is none."""
+    if not has_base(module):
+        return module.state_dict()
+    return {name: each for name, each in module.named_parameters() if not is_shared(each)}
+
+
+def load_own(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `own_state` returns. RuntimeError if it does not fit, as for `load_state_dict`."""
+    if not has_base(module):
+        module.load_state_dict(state)
+        return
+    own = own_state(module)
+    if different := sorted(own.keys() ^ state.keys()):
+        raise RuntimeError(f"{'missing' if different[0] in own else 'unknown'}: {different[0]}")
+    module.load_state_dict(state, strict=False)
