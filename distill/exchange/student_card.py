@@ -25,7 +25,7 @@ from distill.spec.kinds import BASELINE, SAMPLERS, STUDENTS, SamplerName, Studen
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"
-ADDED = {"base_digest", "fitted", "guidance"}  # fields that cards of earlier versions do not have
+ADDED = {"fitted", "guidance", "lora", "base_digest"}  # fields that cards of earlier versions do not have
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -41,6 +41,15 @@ class FileRecord(FrozenModel):
     sha256: Digest
     size: Count
     """in bytes"""
+
+
+class LoraFacts(FrozenModel):
+    """How a network was trained as adapters of the teacher's."""
+
+    rank: Length
+    alpha: Number
+    targets: Annotated[list[Line], Field(max_length=1000)]
+    """the ends of the names of the layers with adapters; empty: the linear layers of the attention"""
 
 
 def refuse_rows(rows: list[list[float]], steps: int) -> None:
@@ -107,6 +116,8 @@ class StudentCard(FrozenModel):
     """samples shown to the optimizer"""
     metrics: Metrics = {}
     """what an evaluation of its run measured, NAME@STEPS like FD-digits@1"""
+    lora: Annotated[dict[Label, LoraFacts], Field(max_length=16)] = {}
+    """networks that were trained as adapters, by their name in the recipe; with `student`, the folder has no base"""
     files: dict[str, FileRecord] = Field(default_factory=dict, max_length=MAX_FILES)
     """every other file of the folder; filled in by the export"""
 
@@ -181,6 +192,11 @@ def read(folder: Path) -> StudentCard:
         return parse(content, str(path))
     except InputError as error:
         raise InputError(f"{error}; export or copy the student again") from error
+
+
+def is_lora(folder: Path) -> bool:
+    """Whether a folder holds a LoRA student, which has no weights of its own."""
+    return (folder / FILE_NAME).is_file() and "student" in read(folder).lora
 
 
 def parse(content: bytes, where: str) -> StudentCard:

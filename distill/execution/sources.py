@@ -15,8 +15,10 @@ from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet, load_data
 from distill.data.encoded import codec_of, sample_shape, scaled_for
+from distill.exchange import student_card
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
+from distill.networks.adapters import require_peft
 from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
@@ -75,9 +77,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     if "teacher" in needs:
         given["teacher"] = stage_teacher(spec, stage, run.students)
     given["weak"] = weak_teacher(spec, stage, run.students)
-    loaded = {
-        role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
-    }
+    loaded = {role: _loaded(each, spec.teacher, device) for role, each in given.items() if each is not None}
     teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
     data = _data(run, resolved, name, teacher, indexed=indexed) if "data" in needs else None
     if (prompts := used.get("prompts")) is not None:
@@ -85,6 +85,17 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     places = _places(run, spec, used, given.get("teacher"))
     return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts)
+
+
+def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
+    """A teacher, which may be a LoRA student of `own`, the teacher of the spec."""
+    folder = Path(given.path) if isinstance(given, CheckpointTeacher) else None
+    if folder is None or not student_card.is_lora(folder):
+        return teachers.load_teacher(given, device, probe=False)
+    require_peft()
+    from distill.students import lora_folder  # imports PEFT, which takes seconds
+
+    return lora_folder.as_teacher(folder, own, device)
 
 
 def _places(

@@ -14,18 +14,19 @@ from distill.core.text import one_line
 from distill.data import DataSet, DataSource
 from distill.data.encoded import codec_of, scaled_for
 from distill.exchange import student_card
-from distill.exchange.student_card import StudentCard
+from distill.exchange.student_card import LoraFacts, StudentCard
 from distill.execution import batches, devices, preflight, sources
 from distill.execution.work import Work
 from distill.flow.fields import Counted
-from distill.networks.adapters import as_trained, merged
+from distill.networks.adapters import merged
+from distill.networks.sharing import load_own
 from distill.protocols import Adapter, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec import pairspec, resolved
 from distill.spec.model import CheckpointTeacher, RunSpec, TrainStage
-from distill.students import loaded
+from distill.students import adapting, loaded
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
@@ -70,7 +71,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     place = None if stage.init is None else work.run.student(stage.init)
-    origin = teacher if place is None else loaded.load_student(place, device, work.teacher)
+    origin = teacher if place is None else loaded.load_student(place, device, work.teacher, teacher)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     called = called if "teacher" in asked.needs else None
@@ -97,6 +98,10 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         guidance=pairspec.field_settings_of(work.spec, stage).more_words,
         weights=stage.export,
         images=stage.images,
+        lora={
+            role: LoraFacts(rank=each.rank, alpha=each.scale * each.rank, targets=each.targets or [])
+            for role, each in stage.lora.items()
+        },
     )
     data = None if data is None else scaled_for(data, init.codec)
     read = {"teacher": teacher, "init": origin, "data": data}
@@ -261,7 +266,7 @@ def _export(
     recipe: Recipe = asked.module.Recipe(asked.config, training.teacher)
     role = recipe.networks(training.init)["student"]
     assert isinstance(role, Trained | Adapter)
-    student = as_trained("student", role, work.seed).module
+    student = adapting.one("student", role, stage.lora, work.seed).module
     saved, half_life = work.run.stage(work.name).checkpoints, None if weights == "raw" else weights
     tensors, images = checkpoint.weights(saved, "student", half_life, step)
     if images < least:
@@ -269,7 +274,7 @@ def _export(
             f"the last checkpoint of stage '{work.name}' cannot be read; resume with: "
             f"distill run {work.run.root} --resume"
         )
-    student.load_state_dict(tensors)
+    load_own(student, tensors)
     card = training.card.model_copy(update={"weights": weights, "images": images})
     export(merged(role, student), folder, card, training.init.packaging)
 

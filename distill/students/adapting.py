@@ -24,15 +24,17 @@ def trained(roles: Mapping[str, Role], loras: Mapping[str, LoraSpec], seed: int,
             raise InputError(f"lora: recipe '{recipe}' trains no network '{name}'; {suggest(name, own)}")
         if isinstance(own[name], Adapter):
             raise InputError(f"lora: recipe '{recipe}' chooses the adapters of '{name}' itself; remove lora.{name}")
-    found = {name: as_trained(name, role, seed) for name, role in own.items()}
-    if not loras:
-        return found
-    require_peft()
-    from distill.students import lora_start  # imports PEFT, which takes seconds
+    return {name: one(name, role, loras, seed) for name, role in own.items()}
 
-    for name, role in found.items():
-        if name in loras:
-            lora_start.adapt(name, role.module, loras[name], seed)
-        else:
-            native.unshared(role.module)
+
+def one(name: str, role: Trained | Adapter, loras: Mapping[str, LoraSpec], seed: int) -> Trained:
+    """One of the trained networks of a recipe; see `trained`."""
+    found = as_trained(name, role, seed)
+    if name in loras:
+        require_peft()
+        from distill.students import lora_start  # imports PEFT, which takes seconds
+
+        lora_start.adapt(name, found.module, loras[name], seed)
+    elif loras:
+        native.unshared(found.module)
     return found

@@ -4,7 +4,6 @@ The same weights and card give the same bytes, so that students can be compared 
 """
 
 import contextlib
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from distill.core.errors import RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_labels, sample_noise
+from distill.networks.sharing import copy_of, has_base, own_state
 from distill.networks.velocity import TIME_SCALE
 from distill.students import native, native_folder, shipped
 from distill.students.loaded import KINDS, Student
@@ -42,13 +42,19 @@ def export(student: Student, folder: Path, card: StudentCard, packaging: Packagi
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
-    reference = copy.deepcopy(student).to("cpu").eval()
-    for name, tensor in _state(reference.network):
+    reference = copy_of(student).to("cpu").eval()
+    for name, tensor in own_state(reference.network).items():
         if not tensor.isfinite().all():
             raise RunError(f"export failed: {name} contains NaN or infinity; nothing was exported")
     try:
         with new_folder(folder, replace=True) as new:
-            if native.is_native(reference.network):
+            if has_base(reference.network):
+                assert packaging is not None
+                from distill.students import lora_folder  # imports PEFT, which takes seconds
+
+                _write_card(new, lora_folder.write(reference.network, new, packaging, card))
+                lora_folder.compare(reference.network, new)
+            elif native.is_native(reference.network):
                 assert packaging is not None
                 _write_card(new, native_folder.write(reference.network, new, packaging, card))
                 with _quiet(), torch.random.fork_rng(devices=[]):

@@ -8,16 +8,18 @@ import torch
 from torch import nn
 
 from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import of_classes
 from distill.networks.acceleration import AccelerationStudent
+from distill.networks.adapters import require_peft
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Codec, Conditioning
 from distill.spec.model import TeacherSpec
 from distill.students import native, native_folder
 from distill.teachers import checkpoint
-from distill.teachers.loaded import Packaging
+from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.of_students import student_as_teacher
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent
@@ -54,12 +56,17 @@ class LoadedStudent:
         return self.student.network
 
 
-def load_student(folder: Path, device: torch.device, like: TeacherSpec | None = None) -> LoadedStudent:
+def load_student(
+    folder: Path, device: torch.device, like: TeacherSpec | None = None, shared: LoadedTeacher | None = None
+) -> LoadedStudent:
     """Load a student from a folder written by `exporting.export`.
 
     like: the teacher whose size and conditions the student has, if its network is one of a latent-space pipeline.
+    shared: that teacher, if it is loaded. A LoRA student then shares its weights.
     """
     card = student_card.read(folder)
+    if card.lora.get("student") is not None:
+        return _load_lora(folder, card, device, like, shared)
     spec = student_as_teacher(folder, like)
     found = checkpoint.read(spec, device, card.kind)
     if native.is_native(found.network):
@@ -79,4 +86,27 @@ def load_student(folder: Path, device: torch.device, like: TeacherSpec | None = 
         given=found.conditioning,
         packaging=found.packaging,
         codec=found.codec,
+    )
+
+
+def _load_lora(
+    folder: Path, card: StudentCard, device: torch.device, like: TeacherSpec | None, shared: LoadedTeacher | None
+) -> LoadedStudent:
+    require_peft()
+    from distill.students import lora_folder  # imports PEFT, which takes seconds
+
+    student, base, digest = lora_folder.load(folder, card, like, device, shared)
+    return LoadedStudent(
+        student=student.to(device).eval().requires_grad_(False),
+        sampler=card.sampler,
+        t_grids=card.t_grids,
+        shape=base.shape,
+        num_classes=base.num_classes,
+        null_class=base.null_class,
+        digest=digest,
+        description=f"the LoRA student {folder.name} of {base.description}",
+        fitted=card.fitted,
+        given=base.given,
+        packaging=base.packaging,
+        codec=base.codec,
     )

@@ -89,6 +89,17 @@ def on_shared_base(network: nn.Module, dropout: float | None) -> nn.Module:
     return _with_dropout(found, dropout)
 
 
+def without_adapters(network: nn.Module) -> nn.Module:
+    """A copy that shares the frozen weights of the network, without the adapters that this may have."""
+    if not has_base(network):
+        as_base(network)
+    found = copy_of(network)
+    for name, part in list(found.named_modules()):
+        if hasattr(part, "base_layer"):
+            found.set_submodule(name, part.base_layer)
+    return found
+
+
 def unshared(module: nn.Module) -> None:
     """Gives the networks in a module, which share their weights with a teacher, own weights in float32, all trained."""
     for part in list(module.modules()):

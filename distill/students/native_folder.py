@@ -86,7 +86,7 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
         return native.velocity(network, call)
     if kind == "flow_map":
         student = native.flow_map(network, call, 0)
-        _load_second_time(student.network.gap, folder / SECOND_TIME)
+        load_second_time(student.network.gap, folder / SECOND_TIME)
         return student
     parts = [_network(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
@@ -131,7 +131,8 @@ def _network(folder: Path) -> ModelMixin:
     return found
 
 
-def _load_second_time(gap: nn.Module, path: Path) -> None:
+def load_second_time(gap: nn.Module, path: Path) -> None:
+    """Loads the embedding of t - s. InputError if the file is damaged or does not fit."""
     try:
         tensors: Mapping[str, Tensor] = load_file(path)
     except OSError as error:

@@ -1,0 +1,197 @@
+"""The folders of LoRA students. They hold what was trained, and not the weights of the teacher's network.
+
+`load` adds the adapters to the frozen network of the teacher. Several students, and the teacher, then share one network
+in memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill import teachers
+from distill.core.errors import InputError, RunError
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
+from distill.networks.adapters import ends
+from distill.networks.experts import Experts
+from distill.networks.sharing import ADAPTER, is_shared
+from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.spec.model import CheckpointTeacher, TeacherSpec
+from distill.students import lora_comfy, lora_weights, native, native_folder
+from distill.students.native_folder import ACCELERATION, SECOND_TIME
+from distill.teachers import layout
+from distill.teachers.loaded import LoadedTeacher, Packaging
+from distill.teachers.network_field import EdmField, NetworkField
+from distill.teachers.read import unreadable
+
+COMFY = "comfyui"  # folder of the files for ComfyUI
+NEW_LAYERS = "new_layers.safetensors"  # layers of an acceleration that replace those of the base
+
+
+def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard) -> StudentCard:
+    """Writes what was trained of a student's network to a new folder. Returns the card with the class of the network.
+
+    packaging: of its teacher.
+    """
+    weights = lora_weights.from_network(network)
+    base = native.base_of(network)
+    lora_weights.write_diffusers(folder, weights)
+    if not lora_comfy.why_not(weights, base):
+        (folder / COMFY).mkdir()
+        lora_comfy.write_comfy(folder / COMFY, card.name, weights, base)
+    for path, module in _further(network):
+        tensors = {name: each.detach().contiguous() for name, each in module.items()}
+        (folder / path).parent.mkdir(exist_ok=True)
+        save_file(tensors, folder / path)
+    if isinstance(network, TwoNetworks):
+        lora_weights.write_diffusers(folder / ACCELERATION, lora_weights.from_network(network.acceleration))
+    scheduler = folder / "scheduler" / layout.SCHEDULER
+    scheduler.parent.mkdir()
+    scheduler.write_text(json.dumps(dict(packaging.scheduler), indent=2, sort_keys=True) + "\n")
+    first = base.transformer if isinstance(base, Experts) else base
+    facts = card.lora["student"].model_copy(update={"targets": sorted(ends(weights.layers))})
+    return card.model_copy(
+        update={
+            "lora": {**card.lora, "student": facts},
+            "network": type(first).__name__,
+            "component": native.convention_for(base).folder,
+            "base_digest": packaging.base_digest,
+        }
+    )
+
+
+def compare(network: nn.Module, folder: Path) -> None:
+    """RunError unless the adapters that are read again are the same, bit for bit."""
+    parts = {folder: network}
+    if isinstance(network, TwoNetworks):
+        parts[folder / ACCELERATION] = network.acceleration
+    for place, part in parts.items():
+        ours, theirs = lora_weights.from_network(part), lora_weights.read_diffusers(place)
+        different = ours.layers.keys() ^ theirs.layers.keys()
+        different |= {
+            name
+            for name, layer in ours.layers.items()
+            if name in theirs.layers and not _same(layer, theirs.layers[name])
+        }
+        if different:
+            raise RunError(
+                f"export failed: other adapters of {min(different)} were read than were written; nothing was exported"
+            )
+
+
+def _same(ours: lora_weights.LoraLayer, theirs: lora_weights.LoraLayer) -> bool:
+    equal = torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
+    return equal and ours.alpha == theirs.alpha
+
+
+def _further(network: nn.Module) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The files of what is new in a network besides adapters, with their tensors."""
+    if isinstance(network, TwoTimes):
+        yield SECOND_TIME, network.gap.state_dict()
+    if isinstance(network, TwoNetworks):
+        yield f"{ACCELERATION}/{NEW_LAYERS}", _new_layers(network.acceleration)
+
+
+def _new_layers(network: nn.Module) -> dict[str, Tensor]:
+    return {name: each for name, each in network.named_parameters() if not is_shared(each) and ADAPTER not in name}
+
+
+def base_of(like: TeacherSpec | None, card: StudentCard, folder: Path, device: torch.device) -> LoadedTeacher:
+    """The teacher that a LoRA student belongs to. InputError if `like` is none or another one."""
+    if not isinstance(like, CheckpointTeacher):
+        raise InputError(
+            f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
+            f"({card.teacher or 'not named in its card'}) with --teacher"
+        )
+    found = teachers.load_teacher(like, device, probe=False)
+    if not _is_base(found, card):
+        raise InputError(
+            f"{folder} holds the adapters of another network than that of {like.where}: it was trained on "
+            f"{card.teacher or 'a teacher'} with the weights {card.base_digest[:12]}, and these are "
+            f"{'' if found.packaging is None else found.packaging.base_digest[:12]}; give that teacher"
+        )
+    return found
+
+
+def load(
+    folder: Path, card: StudentCard, like: TeacherSpec | None, device: torch.device, shared: LoadedTeacher | None
+) -> tuple[native.NativeStudent, LoadedTeacher, str]:
+    """The student in a folder, the teacher whose weights it shares, and the student's digest.
+
+    like: the spec of its teacher. shared: a loaded teacher, whose weights are used if they are the same.
+    """
+    same = shared is not None and _is_base(shared, card) and _dtype(shared) == getattr(like, "dtype", None)
+    base = shared if shared is not None and same else base_of(like, card, folder, device)
+    assert base.network is not None
+    network, call = native.without_adapters(base.network), native.call_of(base)
+    weights = lora_weights.read_diffusers(folder)
+    if card.kind == "acceleration":
+        student: native.NativeStudent = native.acceleration(network, call)
+        lora_weights.add_to(student.network.velocity, weights)
+        lora_weights.add_to(student.network.acceleration, lora_weights.read_diffusers(folder / ACCELERATION))
+        _load_new_layers(student.network.acceleration, folder / ACCELERATION / NEW_LAYERS)
+    else:
+        lora_weights.add_to(network, weights)
+        student = native.velocity(network, call)
+        if card.kind == "flow_map":
+            student = native.flow_map(network, call, 0)
+            native_folder.load_second_time(student.network.gap, folder / SECOND_TIME)
+    return student, base, digest(base, folder)
+
+
+def as_teacher(folder: Path, like: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
+    """A LoRA student as a teacher, in the schedule of its own teacher. like: the spec of that one."""
+    card = student_card.read(folder)
+    base = base_of(like, card, folder, device)
+    assert base.network is not None and isinstance(base.field, EdmField | NetworkField)
+    lora_weights.add_to(base.network, lora_weights.read_diffusers(folder))
+    return replace(
+        base,
+        digest=digest(base, folder),
+        description=f"the LoRA student {folder.name} of {base.description}",
+        guidance_scale=card.guidance_scale,
+        unconditional=card.unconditional,
+        license=card.license or base.license,
+    )
+
+
+def digest(base: LoadedTeacher, folder: Path) -> str:
+    """SHA-256 over the digest of the base and the student's files of weights."""
+    found = [base.digest]
+    for path in sorted(folder.rglob("*.safetensors")):
+        if path.parent.name != COMFY:
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+def _is_base(teacher: LoadedTeacher, card: StudentCard) -> bool:
+    return teacher.packaging is not None and teacher.packaging.base_digest == card.base_digest
+
+
+def _dtype(teacher: LoadedTeacher) -> str:
+    return "" if teacher.network is None else str(next(teacher.network.parameters()).dtype).removeprefix("torch.")
+
+
+def _load_new_layers(network: nn.Module, path: Path) -> None:
+    try:
+        tensors = load_file(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged; copy or download it again") from error
+    own = _new_layers(network)
+    if {name: each.shape for name, each in tensors.items()} != {name: each.shape for name, each in own.items()}:
+        raise InputError(f"{path} does not fit the network of its teacher; copy or download it again")
+    if not all(each.isfinite().all() for each in tensors.values()):
+        raise InputError(f"{path} contains NaN or infinity; copy or download it again")
+    with torch.no_grad():
+        for name, each in own.items():
+            each.copy_(tensors[name])
