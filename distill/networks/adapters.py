@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.networks.architectures import drawn
-from distill.networks.sharing import ADAPTER
+from distill.networks.sharing import ADAPTER, BASE, adapted
 from distill.protocols import Adapter, Trained
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # that may have adapters
@@ -55,14 +55,14 @@ def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     state = network.state_dict()
     if not any(ADAPTER in name for name in state):
         return state
-    found = {name.replace(".base_layer.", "."): each for name, each in state.items() if ADAPTER not in name}
-    for path, layer in network.named_modules():
-        if isinstance(layer, require_peft().tuners.lora.LoraLayer):
-            (adapter,) = layer.lora_A  # one adapter
-            down, up = (each[adapter].weight.detach().float() for each in (layer.lora_A, layer.lora_B))
-            change = layer.scaling[adapter] * up.flatten(1) @ down.flatten(1)
-            weight = found[f"{path}.weight"]
-            found[f"{path}.weight"] = weight.float() + change.view(weight.shape)
+    found = {name.replace(f".{BASE}.", "."): each for name, each in state.items() if ADAPTER not in name}
+    for path, layer in adapted(network).items():
+        assert isinstance(layer, require_peft().tuners.lora.LoraLayer)
+        (adapter,) = layer.lora_A  # one adapter
+        down, up = (each[adapter].weight.detach().double() for each in (layer.lora_A, layer.lora_B))
+        change = layer.scaling[adapter] * up.flatten(1) @ down.flatten(1)
+        weight = found[f"{path}.weight"]
+        found[f"{path}.weight"] = (weight.double() + change.view(weight.shape)).float()
     return found
 
 
@@ -72,7 +72,7 @@ def matching(name: str, network: nn.Module, targets: Sequence[str]) -> list[str]
     targets: names of layers, or the ends of their names.
     """
     paths = [path for path, layer in network.named_modules() if isinstance(layer, LAYERS) and ADAPTER not in path]
-    layers = [path.removesuffix(".base_layer") for path in paths]
+    layers = [path.removesuffix(f".{BASE}") for path in paths]
     found: list[str] = []
     for target in targets:
         matched = [path for path in layers if path == target or path.endswith(f".{target}")]

@@ -7,9 +7,11 @@ averages, saves or sends them.
 from collections.abc import Mapping
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
 
 MARK = "belongs_to_a_base"  # attribute of a parameter
+BASE = "base_layer"  # in an adapted layer, as PEFT names it
 ADAPTER = ".lora_"  # in the names of the parameters of adapters
 
 
@@ -41,6 +43,13 @@ def copy_of(module: nn.Module) -> nn.Module:
     return deepcopy(module, {id(each): each for each in shared})
 
 
+def adapted(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a network that have an adapter, by name. Their base layer is their part `base_layer`."""
+    return {
+        name: part for name, part in network.named_modules() if any(own == BASE for own, _ in part.named_children())
+    }
+
+
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict without the weights and buffers of a base; the whole state dict if there is none."""
     if not has_base(module):
@@ -56,4 +65,8 @@ def load_own(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = own_state(module)
     if different := sorted(own.keys() ^ state.keys()):
         raise RuntimeError(f"{'missing' if different[0] in own else 'unknown'}: {different[0]}")
-    module.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for name, each in own.items():
+            if each.shape != state[name].shape:
+                raise RuntimeError(f"{name} has shape {list(each.shape)}, not {list(state[name].shape)}")
+            each.copy_(state[name])

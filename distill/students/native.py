@@ -20,7 +20,7 @@ from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import FlowMapStudent
-from distill.networks.sharing import ADAPTER, as_base, copy_of, has_base, is_shared
+from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
 from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond
@@ -94,9 +94,8 @@ def without_adapters(network: nn.Module) -> nn.Module:
     if not has_base(network):
         as_base(network)
     found = copy_of(network)
-    for name, part in list(found.named_modules()):
-        if hasattr(part, "base_layer"):
-            found.set_submodule(name, part.base_layer)
+    for name, part in adapted(found).items():
+        found.set_submodule(name, part.get_submodule(BASE))
     return found
 
 
@@ -200,7 +199,7 @@ def accelerated(network: nn.Module) -> nn.Module:
     config = {name: each for name, each in network.config.items() if name != "_use_default_values"}
     with init_empty_weights(include_buffers=False):  # all weights are set below
         grown = type(network).from_config(convention.with_velocity(config))
-    plain = {name.replace(".base_layer.", "."): each for name, each in network.state_dict().items()}
+    plain = {name.replace(f".{BASE}.", "."): each for name, each in network.state_dict().items()}
     plain = {name: each for name, each in plain.items() if ADAPTER not in name}
     weights = convention.widened(config, plain, grown.state_dict())
     same = _same(plain, weights) if has_base(network) else set()
@@ -227,7 +226,7 @@ def _share(grown: nn.Module, network: nn.Module, same: Collection[str]) -> None:
     The other weights are trained, in float32.
     """
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        plain = name.replace(".base_layer.", ".")
+        plain = name.replace(f".{BASE}.", ".")
         owner, _, own = plain.rpartition(".")
         if plain in same:
             setattr(grown.get_submodule(owner), own, parameter)
@@ -235,14 +234,13 @@ def _share(grown: nn.Module, network: nn.Module, same: Collection[str]) -> None:
         owner, _, own = name.rpartition(".")
         if (made := dict(grown.named_buffers()).get(name)) is not None and made.shape == buffer.shape:
             setattr(grown.get_submodule(owner), own, buffer)
-    for name, part in list(network.named_modules()):
-        if hasattr(part, "base_layer"):
-            if f"{name}.weight" not in same:
-                raise InputError(
-                    f"the layer {name} has an adapter, and an acceleration has a wider layer in its place; start from "
-                    "a network without an adapter there"
-                )
-            grown.set_submodule(name, copy_of(part))
+    for name, part in adapted(network).items():
+        if f"{name}.weight" not in same:
+            raise InputError(
+                f"the layer {name} has an adapter, and an acceleration has a wider layer in its place; start from a "
+                "network without an adapter there"
+            )
+        grown.set_submodule(name, copy_of(part))
     new = {name: each for name, each in grown.named_parameters() if not is_shared(each) and ADAPTER not in name}
     for owner in {name.rpartition(".")[0]: None for name in new}:
         part, dtype = grown.get_submodule(owner), next(network.parameters()).dtype
