@@ -72,7 +72,7 @@ def exported(folder, teacher, student, kind="velocity_field"):
     card = StudentCard(
         name="s", recipe="reflow/reflow", spec_digest="", teacher_digest=teacher.digest, teacher="tiny", kind=name,
         sampler=sampler, num_classes=None, null_class=None, shape=teacher.shape, weights="raw", images=1,
-        lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])},
+        lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])}, base_digest=teacher.base_digest,
     )  # fmt: skip
     export(student, folder, card, teacher.packaging)
     return folder
@@ -261,7 +261,7 @@ def test_another_base_is_refused(place, teacher, tmp_path):
     other = write(tmp_path / "other", sd3.pipeline(version="3"))
     with pytest.raises(InputError) as caught:
         load_student(folder, CPU, place.model_copy(update={"path": str(other)}))
-    ours = teacher.packaging.base_digest[:12]
+    ours = teacher.base_digest[:12]
     assert str(caught.value).startswith(
         f"{folder} holds the adapters of another network than that of teacher.path={other}: it was trained on tiny "
         f"with the weights {ours}, and these are "

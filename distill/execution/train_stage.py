@@ -102,6 +102,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
             role: LoraFacts(rank=each.rank, alpha=each.scale * each.rank, targets=each.targets or [])
             for role, each in stage.lora.items()
         },
+        base_digest=origin.base_digest if origin is not None and "student" in stage.lora else "",
     )
     data = None if data is None else scaled_for(data, init.codec)
     read = {"teacher": teacher, "init": origin, "data": data}

@@ -46,6 +46,7 @@ class LoadedStudent:
     given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     packaging: Packaging | None = None
     codec: Codec = PIXELS
+    base_digest: str = ""  # of a LoRA student: that of the teacher whose weights it shares
 
     @property
     def conditioning(self) -> Conditioning:
@@ -109,4 +110,5 @@ def _load_lora(
         given=base.given,
         packaging=base.packaging,
         codec=base.codec,
+        base_digest=base.base_digest,
     )

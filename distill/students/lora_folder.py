@@ -62,7 +62,6 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "lora": {**card.lora, "student": facts},
             "network": type(first).__name__,
             "component": native.convention_for(base).folder,
-            "base_digest": packaging.base_digest,
         }
     )
 
@@ -111,11 +110,11 @@ def base_of(like: TeacherSpec | None, card: StudentCard, folder: Path, device: t
             f"({card.teacher or 'not named in its card'}) with --teacher"
         )
     found = teachers.load_teacher(like, device, probe=False)
-    if not _is_base(found, card):
+    if found.base_digest != card.base_digest:
         raise InputError(
             f"{folder} holds the adapters of another network than that of {like.where}: it was trained on "
             f"{card.teacher or 'a teacher'} with the weights {card.base_digest[:12]}, and these are "
-            f"{'' if found.packaging is None else found.packaging.base_digest[:12]}; give that teacher"
+            f"{found.base_digest[:12]}; give that teacher"
         )
     return found
 
@@ -127,8 +126,8 @@ def load(
 
     like: the spec of its teacher. shared: a loaded teacher, whose weights are used if they are the same.
     """
-    same = shared is not None and _is_base(shared, card) and _dtype(shared) == getattr(like, "dtype", None)
-    base = shared if shared is not None and same else base_of(like, card, folder, device)
+    fits = shared is not None and shared.base_digest == card.base_digest and _dtype(shared) == _dtype_of(like)
+    base = shared if shared is not None and fits else base_of(like, card, folder, device)
     assert base.network is not None
     network, call = native.without_adapters(base.network), native.call_of(base)
     weights = lora_weights.read_diffusers(folder)
@@ -172,8 +171,8 @@ def digest(base: LoadedTeacher, folder: Path) -> str:
     return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
-def _is_base(teacher: LoadedTeacher, card: StudentCard) -> bool:
-    return teacher.packaging is not None and teacher.packaging.base_digest == card.base_digest
+def _dtype_of(spec: TeacherSpec | None) -> str | None:
+    return spec.dtype if isinstance(spec, CheckpointTeacher) else None
 
 
 def _dtype(teacher: LoadedTeacher) -> str:
