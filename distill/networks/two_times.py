@@ -59,6 +59,16 @@ class TwoTimes(nn.Module):
 
         return recomputed(again, *inputs)
 
+    @contextmanager
+    def without_second_time(self) -> Iterator[None]:
+        """Context manager: `network` is called directly, with one time. t - s has no effect."""
+        before, self._embedded = self._embedded, torch.zeros(1, device=self.gap[0].weight.device)
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._embedded, self._alone = before, False
+
     def _add(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         assert self._embedded is not None, "call a network with two times through TwoTimes"
         embedded = self._embedded

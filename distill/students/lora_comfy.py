@@ -30,7 +30,7 @@ def why_not(weights: LoraWeights, network: nn.Module) -> str:
     """
     if (keys := key_list(weights.network)) is None:
         return f"ComfyUI has no network like {weights.network}"
-    for layers, rows in _parts(weights, network).values():
+    for layers, rows in changed_layers(weights, network).values():
         known = {name for parts in keys.native(rows).values() for name in parts}
         if unknown := [name for name in layers if name not in known]:
             return f"the network of ComfyUI has no layer like {short(unknown[0])}"
@@ -49,7 +49,7 @@ def write_comfy(
         raise InputError(f"no LoRA file for ComfyUI can be written: {reason}")
     keys = key_list(weights.network)
     assert keys is not None
-    parts, paths = _parts(weights, network), []
+    parts, paths = changed_layers(weights, network), []
     for component, (layers, rows) in parts.items():
         ending = ENDINGS[component] if isinstance(native.base_of(network), native.Experts) else ""
         path = folder / f"{name}{ending}.safetensors"
@@ -144,8 +144,8 @@ def why_not_in_diffusers(layers: Mapping[str, LoraLayer], keys: KeyList, rows: R
     return ""
 
 
-def _parts(weights: LoraWeights, network: nn.Module) -> dict[str, tuple[dict[str, LoraLayer], RowCounts]]:
-    """For each network by its folder: the layers that are changed, and the rows of all layers."""
+def changed_layers(weights: LoraWeights, network: nn.Module) -> dict[str, tuple[dict[str, LoraLayer], RowCounts]]:
+    """For each network by its folder: the layers that are changed, and the number of rows of all layers."""
     base = native.base_of(network)
     return {
         component: (layers, rows_of(getattr(base, component) if isinstance(base, native.Experts) else base))

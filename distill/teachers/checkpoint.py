@@ -291,9 +291,9 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
     """Raises InputError if the field cannot be called, or is not finite at the start, middle or end of its time range.
 
     Makes three calls with one sample each, on the device of the network. The sample may be smaller than the network's
-    own (see `_probed`).
+    own (see `small_shape`).
     """
-    x = sample_noise(0, [0], _probed(found)).to(device)
+    x = sample_noise(0, [0], small_shape(found.architecture, _config(found.network), found.shape)).to(device)
     cond = found.conditioning.collate(torch.zeros(1, dtype=torch.int64, device=device))
     if device.type == "cpu" and _multiplications(found, x, cond) > LARGE:
         say_error(
@@ -312,24 +312,19 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
             )
 
 
-def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
-    """The shape of the sample that probes the network.
+def small_shape(architecture: Architecture | Convention, config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the sample that probes a network with samples of this shape.
 
     It is small if possible, and the network accepts it exactly if it accepts samples of its own shape. A U-Net halves
     the size at each level, and on the way up the sizes must match again. Whether they do depends only on size modulo
     2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain. For other
     networks, see `Convention.small`.
     """
-    if "down_block_types" not in _config(found.network):
-        convention = found.architecture
-        return (
-            convention.small(_config(found.network), found.shape) if isinstance(convention, Convention) else found.shape
-        )
-    levels = len(_config(found.network)["down_block_types"])
-    step = 1 << (levels - 1)
+    if "down_block_types" not in config:
+        return architecture.small(config, shape) if isinstance(architecture, Convention) else shape
+    step = 1 << (len(config["down_block_types"]) - 1)
     least = max(PROBED, 2 * step)
-    sides = (side if side <= least else least + (side - least) % step for side in found.shape[1:])
-    return (found.shape[0], *sides)
+    return (shape[0], *(side if side <= least else least + (side - least) % step for side in shape[1:]))
 
 
 def _config(network: nn.Module) -> Config:
