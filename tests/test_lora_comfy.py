@@ -23,6 +23,7 @@ from distill.students.lora_weights import LoraLayer, LoraWeights, rows_of
 from distill.teachers.architectures import known
 from distill.teachers.convention import Convention
 
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers about itself
 CONFIGS = {
     "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 2},
     "ChromaTransformer2DModel": {"num_layers": 1, "num_single_layers": 2},

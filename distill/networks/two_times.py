@@ -4,7 +4,8 @@ Both start as the velocity network that they are made from.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.utils.checkpoint
@@ -36,6 +37,7 @@ class TwoTimes(nn.Module):
         nn.init.zeros_(self.gap[2].weight)
         nn.init.zeros_(self.gap[2].bias)
         self._embedded: Tensor | None = None  # of the current call
+        self._has_one_time = False  # while it is called without t - s
         for name in layers:
             network.get_submodule(name).register_forward_hook(self._add)
 
@@ -60,16 +62,17 @@ class TwoTimes(nn.Module):
         return recomputed(again, *inputs)
 
     @contextmanager
-    def without_second_time(self) -> Iterator[None]:
-        """Context manager: `network` is called directly, with one time. t - s has no effect."""
-        before, self._embedded = self._embedded, torch.zeros(1, device=self.gap[0].weight.device)
-        self._alone = True
+    def with_one_time(self) -> Iterator[None]:
+        """Context manager: `network` may be called directly, as a network with one time."""
+        self._has_one_time = True
         try:
             yield
         finally:
-            self._embedded, self._alone = before, False
+            self._has_one_time = False
 
     def _add(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        if self._has_one_time:
+            return output
         assert self._embedded is not None, "call a network with two times through TwoTimes"
         embedded = self._embedded
         if isinstance(self.network, Experts):  # the module belongs to one of two networks, which has a part of the rows

@@ -5,6 +5,7 @@ consists of several layers of diffusers, such as the queries, keys and values of
 the parts: below each other in A, and as the blocks of a diagonal in B. So the change of the weights is the same.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def tensors_of(layers: Mapping[str, LoraLayer], keys: KeyList, rows: RowCounts) 
     """The tensors of a file by name. rows: of all layers of the network in diffusers."""
     names, found = keys.native(rows), {}
     down_name, up_name = keys.matrices
+    if keys.one_alpha:
+        ((alpha, _),) = Counter(layer.alpha for layer in layers.values()).most_common(1)
+        layers = {
+            name: layer if layer.alpha == alpha else LoraLayer(layer.down, layer.alpha / alpha * layer.up, alpha)
+            for name, layer in layers.items()
+        }
     for theirs, parts in names.items():
         if not any(part in layers for part in parts):
             continue

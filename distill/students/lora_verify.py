@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from distill.core.errors import RunError
 from distill.flow.draws import sample_noise
+from distill.networks.experts import Experts
 from distill.networks.two_times import TwoTimes
 from distill.protocols import Cond
 from distill.students import isolated, lora_program, native
 from distill.students.comfy_keys import key_list
 from distill.students.lora_comfy import ENDINGS, changed_layers, read_comfy, why_not_in_diffusers
-from distill.students.lora_weights import FILE_2, LoraWeights, from_network
+from distill.students.lora_weights import FILE_2, LoraWeights, from_network, needs_peft
 from distill.students.native import NativeStudent
 from distill.teachers import checkpoint, layout
 
@@ -90,13 +91,13 @@ def verify(
             "scheduler": str(scheduler.absolute()) if (scheduler / layout.SCHEDULER).is_file() else None,
             "dtype": str(_dtype(first)).removeprefix("torch."),
             "file_dtype": str(dtype).removeprefix("torch."),
-            "peft": not isinstance(first, PeftAdapterMixin),
+            "peft": needs_peft(weights.network),
             "second": FILE_2,
             "factors": {
                 component: {name: layer.alpha / layer.rank for name, layer in layers.items()}
                 for component, layers in weights.parts.items()
             },
-            "comfyui": {} if reason else _by_component(comfyui, weights),
+            "comfyui": {} if reason else _by_component(comfyui, network),
             "calls": calls,
             "changes": any(not torch.equal(each, without[name]) for name, each in ours.items()),
         }
@@ -111,7 +112,8 @@ def verify(
     expected = {"without": without, **dict.fromkeys({name.partition(":")[0] for name in theirs} - {"without"}, ours)}
     allowed = _tolerance(first)
     difference = max(
-        (each.float() - expected[kind][name].float()).abs().max().item() / expected[kind][name].float().abs().max().item()
+        (each.float() - expected[kind][name].float()).abs().max().item()
+        / expected[kind][name].float().abs().max().item()
         for kind, name, each in ((*key.split(":", 1), each) for key, each in theirs.items())
     )
     if not difference <= allowed:
@@ -138,11 +140,10 @@ def _compare_comfy(files: Sequence[Path], weights: LoraWeights, network: nn.Modu
     return next((reason for reason in reasons if reason), "")
 
 
-def _by_component(files: Sequence[Path], weights: LoraWeights) -> dict[str, str]:
-    """The files by the network that they are for."""
-    if len(weights.parts) == 1 and weights.component in weights.parts:
-        return {weights.component: str(path.absolute()) for path in files}
-    return {name: str(path.absolute()) for path in files for name, end in ENDINGS.items() if path.stem.endswith(end)}
+def _by_component(files: Sequence[Path], network: nn.Module) -> dict[str, str]:
+    """The files by the folder of the network that they are for."""
+    endings = ENDINGS if isinstance(network, Experts) else {native.convention_for(network).folder: ""}
+    return {name: str(path.absolute()) for path in files for name, end in endings.items() if path.stem.endswith(end)}
 
 
 @contextmanager
@@ -161,13 +162,18 @@ def _bases(networks: Mapping[str, ModelMixin], base: Path | None) -> Iterator[di
 
 def _plain(network: ModelMixin) -> ModelMixin:
     """The network without adapters. It shares its weights."""
-    with torch.device("meta"):
-        found = type(network).from_config(network.config)
+    found = _on_meta(network)
     state = {
         name.replace(".base_layer.", "."): each for name, each in network.state_dict().items() if ".lora_" not in name
     }
     found.load_state_dict(state, assign=True)
     return found
+
+
+def _on_meta(network: ModelMixin) -> ModelMixin:
+    """A network of the same config without memory for weights."""
+    with torch.device("meta"):
+        return type(network).from_config(network.config)
 
 
 @torch.no_grad()
@@ -199,7 +205,7 @@ def _recorded(
     x = sample_noise(0, [0], checkpoint.small_shape(convention, dict(first.config), shape)).to(device)
     cond = {name: each.to(device) for name, each in cond.items()}
     try:
-        with _one_time(student.network):
+        with _one_time(student.network), _stock_attention(network):
             for time in TIMES:
                 native.call_of(student)(network, x, torch.full((1,), time, device=device), cond)
     finally:
@@ -214,8 +220,26 @@ def _one_time(network: nn.Module) -> Iterator[None]:
     if not isinstance(network, TwoTimes):
         yield
         return
-    with network.without_second_time():
+    with network.with_one_time():
         yield
+
+
+@contextmanager
+def _stock_attention(network: nn.Module) -> Iterator[None]:
+    """Attentions are computed as in the stock network, also if the convention of the class does it otherwise."""
+    replaced: list[tuple[Attention, object]] = []
+    for _, part in native.parts_of(network):
+        assert isinstance(part, ModelMixin)
+        for name, stock in _on_meta(part).named_modules():
+            if isinstance(stock, Attention) and type(stock.processor) is not type(part.get_submodule(name).processor):
+                module = part.get_submodule(name)
+                replaced.append((module, module.processor))
+                module.processor = stock.processor
+    try:
+        yield
+    finally:
+        for module, processor in replaced:
+            module.processor = processor
 
 
 @contextmanager

@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import peft
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft.tuners.lora import LoraLayer as PeftLayer
 from safetensors import SafetensorError, safe_open
@@ -32,7 +34,7 @@ from distill.students import native
 from distill.students.native import FIRST, SECOND
 from distill.teachers import weights as stored_weights
 from distill.teachers.architectures import convention_of
-from distill.teachers.lora import AdapterSettings, embedded_settings
+from distill.teachers.lora import NAMES, PEFT, SETTINGS, AdapterSettings, embedded_settings
 from distill.teachers.read import checked, short, unreadable
 
 FILE = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors
@@ -155,8 +157,14 @@ def write_diffusers(folder: Path, weights: LoraWeights, dtype: torch.dtype = tor
 
     diffusers loads a file into one network. Therefore, the second network of Wan 2.2 has a file of its own:
     `pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights_2.safetensors", load_into_transformer_2=True)`.
-    The same weights give the same bytes. Raises RunError if it cannot write.
+    diffusers cannot add a LoRA to some classes (see `needs_peft`). For these, the files of PEFT are written, too:
+    `peft.PeftModel.from_pretrained(pipe.transformer, folder)`. The same weights give the same bytes. Raises RunError if
+    it cannot write.
+
+    dtype: of the matrices in the file.
     """
+    if needs_peft(weights.network):
+        _write_peft(folder, weights, dtype)
     for component, layers in weights.parts.items():
         prefix = FIRST if component == SECOND else component
         header = {f"{prefix}.{key}": value for key, value in _settings(layers).items()}
@@ -168,6 +176,12 @@ def write_diffusers(folder: Path, weights: LoraWeights, dtype: torch.dtype = tor
         settings = json.dumps(header, indent=2, sort_keys=True)
         own = {NETWORK: weights.network} if weights.network else {}
         write_atomic(path, in_safetensors(tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: settings, **own}))
+
+
+def needs_peft(network: str) -> bool:
+    """Whether diffusers cannot add a LoRA to the networks of this class, and PEFT has to do it."""
+    found = getattr(diffusers, network, None)
+    return found is not None and not issubclass(found, PeftAdapterMixin)
 
 
 def read_diffusers(path: Path) -> LoraWeights:
@@ -212,6 +226,17 @@ def _settings(layers: Mapping[str, LoraLayer]) -> dict[str, object]:
         "rank_pattern": {f"^{name}": each for name, each in ranks.items() if each != rank},
         "alpha_pattern": {f"^{name}": each for name, each in alphas.items() if each != alpha},
     }
+
+
+def _write_peft(folder: Path, weights: LoraWeights, dtype: torch.dtype) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads."""
+    tensors = {}
+    for name, layer in weights.layers.items():
+        tensors[f"{PEFT}{name}.lora_A.weight"] = layer.down.to(dtype)
+        tensors[f"{PEFT}{name}.lora_B.weight"] = layer.up.to(dtype)
+    settings = {"peft_type": "LORA", **_settings(weights.layers)}
+    write_atomic(folder / NAMES[1], in_safetensors(tensors, {"format": "pt"}))
+    write_atomic(folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _read(path: Path) -> LoraWeights:

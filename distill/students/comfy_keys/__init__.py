@@ -4,6 +4,7 @@ layers: the name in diffusers -> the name in ComfyUI. "#" stands for a number, a
 fused: a layer of ComfyUI whose rows are those of several layers of diffusers, in this order.
 swapped: layers of ComfyUI whose two halves of rows are in the other order. "last" is the largest number of a block.
 without_alpha: layers of ComfyUI whose factor is multiplied into the matrices, because diffusers refuses their alpha.
+one_alpha: whether all layers must have the same alpha. Others are multiplied into the matrices.
 diffusers: what its converter of LoRA files reads, if it has one. unread: layers with which it does not read a file, or
 reads it wrong. complete: it reads a file only if all of these layers are in it. rows: the number of rows that it
 assumes.
@@ -43,6 +44,7 @@ class KeyList(_Data):
     fused: dict[str, LayerNames] = {}
     swapped: LayerNames = ()
     without_alpha: LayerNames = ()
+    one_alpha: bool = False
     diffusers: ReadByDiffusers | None = None
 
     def native(self, modules: Iterable[str]) -> dict[str, list[str]]:
