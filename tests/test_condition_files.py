@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from latent import load, normal, write, write_conditions
+from safetensors.torch import save_file
 from test_teacher_cogview4 import pipeline as cogview4
 from test_teacher_flux import embeddings, pipeline
 from test_teacher_ltx import ROWS as LTX_ROWS
@@ -309,3 +310,17 @@ def test_the_prompts_of_data_are_the_rows_of_the_file(flux, tmp_path):
             f"data 'x' has prompts, but the teacher ({found.description}) {takes}; use data without prompts, or a "
             "teacher that takes them"
         )
+
+
+def test_the_first_prompts_are_kept_for_captions(flux, tmp_path):
+    """They have no effect on anything else, so that damaged ones are as good as none."""
+    path, prompts = tmp_path / "c.safetensors", ["a  cat\nand \x1b[2Jdogs", "x" * 400, *map(str, range(2, 100))]
+    conditions.write(path, ROWS, NULL, "0" * 64, prompts)
+    found = load(flux, size=[16, 24], conditions=str(path)).conditioning
+    assert found.prompts[0] == "a cat and \ufffd[2Jdogs" and found.prompts[2:] == tuple(map(str, range(2, 64)))
+    assert len(found.prompts[1]) == 300
+    assert (conditions.encoder_of(path), teacher(flux, tmp_path, ROWS, NULL).conditioning.prompts) == ("0" * 64, ())
+    for damaged in ("{", '{"a": 1}', "[1]", "[" * 100_000):
+        tensors = {**ROWS, **{f"null.{name}": each for name, each in NULL.items()}}
+        save_file(tensors, path, {conditions.PROMPTS: damaged})
+        assert conditions.read(path).prompts == ()

@@ -353,7 +353,7 @@ def test_an_evaluation_decodes_the_latents(teacher, tmp_path, capfd, monkeypatch
     found = measuring.of_data(real, codec, tmp_path, CPU)
     images = ArrayData("z", codec.decode(real.items(0, range(12)).samples).clamp(-1, 1), torch.arange(12) % 3, 3)
     assert found.name == "FD-z" and found.values.shape == (12, 64)
-    assert found.measure(images.items(0, range(12)).samples)["precision"] == 1.0
+    assert found.measure(found.embed(images.items(0, range(12)).samples))["precision"] == 1.0
     assert capfd.readouterr().err == ""
     assert measuring.of_data(real, PIXELS, tmp_path, CPU) is None
     assert capfd.readouterr().err == (

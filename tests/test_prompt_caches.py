@@ -60,10 +60,11 @@ def whole(tmp_path_factory, lengths) -> Path:
 def test_a_teacher_takes_the_folder_as_it_takes_the_file_of_encode(tmp_path, flux, encoders):
     texts = ["a cat", "two dogs on a hill", "a red house"]
     rows, null = encoders.encode(texts, "rain", 2, lambda done: None)
-    conditions.write(tmp_path / "file.safetensors", rows, null, encoders.digest)
+    conditions.write(tmp_path / "file.safetensors", rows, null, encoders.digest, texts)
     make(tmp_path / "folder", encoders, texts, prompts_shard=2)
     verify(tmp_path / "folder")
     teachers = [load(flux, size=[16, 24], conditions=str(tmp_path / name)) for name in ("file.safetensors", "folder")]
+    assert teachers[0].conditioning.prompts == teachers[1].conditioning.prompts == tuple(texts)
     indices, x, t = torch.tensor([2, 0, 1, 2]), normal(4, 4, 8, 12), torch.full((4,), 0.5)
     of_file, of_folder = (each.conditioning.collate(indices) for each in teachers)
     assert of_file.keys() == of_folder.keys() and teachers[1].conditioning.count == 3

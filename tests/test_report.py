@@ -274,3 +274,19 @@ def test_same_files_same_page(run):
     first = run.report.read_bytes()
     read(run)
     assert run.report.read_bytes() == first
+
+
+def test_prompts_are_listed_as_text_and_large_pictures_are_smoothed(run):
+    import torch
+
+    results = make_results().model_copy(update={"captions": ["a cat", "<b>two</b> dogs & more"], "latents": True})
+    finish(run, results)
+    large = run.stage("evaluate").root / results.rows[0].picture
+    large.write_bytes(images_png(torch.zeros(4, 3, 800, 800), 2))
+    page = read(run)
+    assert "Pictures show the samples row by row. a cat <b>two</b> dogs & more" in page.text
+    assert "RMS to teacher: of the latents." in page.text
+    assert [a.get("class") for tag, a in page.tags if tag == "img" and "Samples" in a["alt"]] == [
+        None,
+        *["pixelated"] * 5,
+    ]

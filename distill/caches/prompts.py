@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from distill.core.atomic import write_atomic
+from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.data.prompts import Prompts
@@ -18,6 +18,7 @@ from distill.shards import manifest as files
 from distill.shards.values import DTYPES
 from distill.spec import cachespec
 from distill.spec.cachespec import CacheStage
+from distill.teachers.conditions import CAPTIONS, FIRST_PROMPTS, captions
 from distill.teachers.encoding import TextEncoders, joined_rows
 from distill.teachers.sharded_rows import KIND, NULL_FILE, TYPES, PromptManifest, PromptShard, null_faults
 
@@ -88,6 +89,8 @@ def generate(
     def begin(is_new: bool) -> None:
         if null_faults(folder, planned):
             write_atomic(folder / NULL_FILE, content)
+        if not (folder / FIRST_PROMPTS).exists():
+            write_json(folder / FIRST_PROMPTS, captions(prompts[:CAPTIONS]))
 
     make(
         KIND,

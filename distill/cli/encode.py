@@ -56,7 +56,7 @@ def encode(
 
     with Progress("encode", len(lines), "prompts", None) as progress:
         rows, null = encoders.encode(lines, negative, batch, lambda done: progress.update(done, {}), begun)
-    conditions.write(out, rows, null, encoders.digest)
+    conditions.write(out, rows, null, encoders.digest, lines)
     fields = ", ".join(f"{name} {list(each.shape[1:])}" for name, each in rows.items())
     say(f"wrote {near(out.absolute())}: {len(lines):,} prompts and the unconditional call; {fields}")
     say(f"use it in a spec: teacher: {{path: {teacher}, conditions: {out}}}")

@@ -26,12 +26,13 @@ from distill.core.records import read_json, read_small
 from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.data.encoded import sample_shape, scaled_for
-from distill.evaluation import row_plans
+from distill.evaluation import decoded, row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_data, of_exact
-from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
+from distill.evaluation.pictures import REPORT_PIXELS, columns_for, images_png, scatter_png
 from distill.evaluation.row_plans import Plan, fine_plan, shortest
 from distill.flow import dopri5
+from distill.flow.conditioning import ConditionTable
 from distill.flow.draws import sample_noise
 from distill.flow.solvers import straightness
 from distill.flow.times import uniform_grid
@@ -142,6 +143,8 @@ def measure(
         reference=len(reference.values) if reference else 0,
         floor=reference.floor if reference else None,
         vector=len(teacher.shape) == 1,
+        latents=not teacher.codec.is_identity,
+        captions=list(teacher.conditioning.prompts) if isinstance(teacher.conditioning, ConditionTable) else [],
         rows=rows,
     )
     write_json(folder / FILE_NAME, results.model_dump(mode="json"))
@@ -261,12 +264,12 @@ class _Work:
 
     def _measure(self, plan: Plan, made: Block, endpoint: Tensor) -> Row:
         samples, (steps, nfe, most) = made.samples, self._cost(plan, made.calls)
-        codec = self.teacher.codec
-        parts = samples.split(self.stage.block)
-        pixels = torch.cat([codec.decode(part.to(self.device)).cpu() for part in parts])
-        laws = self.reference.measure(pixels) if self.reference else {}
+        columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
+        count = PICTURE_POINTS if samples.ndim == 2 else columns * PICTURE_ROWS
+        found = decoded.seen(samples, self.teacher.codec, self.reference, count, self.device)
+        laws = self.reference.measure(found.features) if self.reference and found.features is not None else {}
         picture = self._picture_name(plan)
-        write_atomic(self.folder / picture, self._picture(plan, pixels))
+        write_atomic(self.folder / picture, self._picture(found.first, columns))
         row = Row(
             network=plan.network,
             role=plan.role,
@@ -365,11 +368,10 @@ class _Work:
             total += len(indices) * straightness(velocity, noise, cond, STRAIGHTNESS_STEPS)
         return total / count
 
-    def _picture(self, plan: Plan, samples: Tensor) -> bytes:
-        if samples.ndim == 2:
-            return scatter_png(samples[:PICTURE_POINTS], self.reference.points if self.reference else None)
-        columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
-        return images_png(as_images(samples[: columns * PICTURE_ROWS]), columns)
+    def _picture(self, first: Tensor, columns: int) -> bytes:
+        if first.ndim == 2:
+            return scatter_png(first, self.reference.points if self.reference else None)
+        return images_png(first, columns, REPORT_PIXELS)
 
     def _picture_name(self, plan: Plan) -> str:
         return f"pictures/{plan.slug}.png"

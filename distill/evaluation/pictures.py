@@ -11,6 +11,8 @@ from torch import Tensor
 GAP = 1  # pixels between images, before magnification
 MIN_SIDE = 48  # pixels; smaller images are magnified by a whole factor
 WHITE = 255
+REPORT_PIXELS = 1 << 21  # of a picture in a report, which has one for each row of its table
+LARGEST = 1 << 25  # pixels of any other picture
 
 
 def columns_for(count: int, num_classes: int | None) -> int:
@@ -29,20 +31,24 @@ def as_images(samples: Tensor) -> Tensor:
     return images if channels in (1, 3) else images[:, : 3 if channels > 3 else 1]
 
 
-def images_png(images: Tensor, columns: int) -> bytes:
+def images_png(images: Tensor, columns: int, pixels: int = LARGEST) -> bytes:
     """A grid of images as PNG, row by row. images: [N, C, H, W], C = 1 or 3, clamped to [-1, 1].
 
-    Small images are magnified without smoothing, so that single pixels can be seen. ValueError for another C.
+    Small images are magnified without smoothing, so that single pixels can be seen. If all images have more than
+    `pixels` pixels, they are shown smaller, by a whole factor. ValueError for another C.
     """
     count, channels, height, width = images.shape
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels; only 1 (grey) and 3 (colour) can be shown")
+    if (less := math.ceil(math.sqrt(count * height * width / pixels))) > 1 and min(height, width) >= less:
+        images = torch.nn.functional.avg_pool2d(images.float().cpu().clamp(-1, 1), less)
+        height, width = images.shape[2:]
     rows = math.ceil(count / columns)
     sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), WHITE, dtype=np.uint8)
-    pixels = ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    values = ((images.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for i in range(count):
         top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
-        sheet[top : top + height, left : left + width] = pixels[i]
+        sheet[top : top + height, left : left + width] = values[i]
     factor = math.ceil(MIN_SIDE / max(height, width))
     sheet = sheet.repeat(factor, axis=0).repeat(factor, axis=1)
     return _png(Image.fromarray(sheet[..., 0] if channels == 1 else sheet))

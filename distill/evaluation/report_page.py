@@ -25,6 +25,7 @@ MAX_CURVES = 3  # per stage
 MAX_NAMES = 50  # logged values per stage that are read, from which the curves are chosen
 MAX_WARNINGS = 100
 MAX_PICTURES = 64 * 2**20  # bytes of all embedded pictures together
+MAGNIFIED = 1200  # pixels; wider pictures are of large images, which are smoothed when they are shown smaller
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Picture:
     note: str
     source: str
     role: str
+    pixelated: bool
+    """whether its single pixels are shown"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,10 @@ class Evaluation:
     chart: str
     pictures: list[Picture]
     straightness: list[tuple[str, str, float]]  # network, value or a dash, width of the bar in percent
-    pixelated: bool
     more: str
     """folder with the pictures that are not shown; "": all are shown"""
+    captions: list[str]
+    """the prompts of the first samples"""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,9 @@ def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture],
             continue
         room -= len(png)
         note = f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}"
-        pictures[row.picture] = Picture(row.label, note, _image(png, "png"), row.role)
+        pictures[row.picture] = Picture(
+            row.label, note, _image(png, "png"), row.role, not results.vector and _width(png) <= MAGNIFIED
+        )
     return list(pictures.values()), more, room
 
 
@@ -196,8 +202,8 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
             (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
             for name, value in straight.items()
         ],
-        pixelated=not results.vector,
         more=more,
+        captions=[printable(each) for each in results.captions],
     )
 
 
@@ -304,6 +310,11 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
 
 def _folders(parent: Path) -> Iterable[Path]:
     return sorted(path for path in parent.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _width(png: bytes) -> int:
+    """Of a picture, in pixels."""
+    return int.from_bytes(png[16:20], "big")
 
 
 def _image(content: bytes, kind: str) -> str:

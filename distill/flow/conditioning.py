@@ -1,6 +1,6 @@
 """Conditioning on class labels or on rows of a table, and no conditioning."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -80,6 +80,8 @@ class ConditionTable:
     field that is not in `constants` is left out. dtypes: by field, the data type that the network takes, to which rows
     are converted when they are used; a field that is not named has the data type of its rows.
 
+    prompts: those of the first rows, for captions; empty: not known.
+
     The null condition has the constants of the condition that it replaces, and so also its sizes, as in the pipelines
     of diffusers.
     """
@@ -89,6 +91,7 @@ class ConditionTable:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     of_sizes: Callable[[Tensor], dict[str, Tensor]] | None = None
+    prompts: Sequence[str] = ()
     _placed: dict[torch.device, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

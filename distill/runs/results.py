@@ -109,6 +109,10 @@ class Results(FrozenModel):
     floor: BoundedNumber | None = None
     """mean distance between the reference samples and other sets of exact samples"""
     vector: bool
+    latents: bool = False
+    """whether samples are latents, which `rms` and `transport` compare; pixels are decoded for the rest"""
+    captions: Annotated[list[Line], Field(max_length=1000)] = []
+    """the prompts of the first pictures, which samples use in turn; empty: there are none, or they are not known"""
     rows: list[Row] = Field(min_length=1, max_length=10_000)
 
     @model_validator(mode="after")
@@ -274,6 +278,8 @@ def describe(results: Results) -> str:
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples")
         if results.floor is not None:
             said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
+    if results.latents:
+        said.append("RMS to teacher: of the latents")
     if _has_baselines(results):
         said.append("Best baseline: the teacher's best value with at most as many network calls, and its solver")
     return ". ".join(said) + "."

@@ -5,7 +5,9 @@ An autoencoder is loaded when it is first used. Latents are the mean of its post
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from distill.core import file_checksums
 from distill.core.errors import InputError
 from distill.flow.codecs import LatentScaling, together
-from distill.teachers import files, weights
+from distill.teachers import files, tiling, weights
 from distill.teachers.layout import CONFIG
 from distill.teachers.limits import NetworkLimits
 from distill.teachers.read import Config, Read, Size, checked, lasting, parse, short
 
 COLOURS = 3  # channels of pixels
+TOGETHER = 4 << 30  # bytes of memory in which several samples are decoded together
+WHOLE = 16 << 30  # bytes of memory above which one sample is decoded in tiles
 MAX_CHANNELS = 1 << 12
 
 
@@ -41,6 +45,8 @@ class Kind:
     frames: whether it takes videos [B, C, F, H, W]. single: it does, but the network works on single frames.
     patches: 2x2 patches become channels, which are normalised by the batch norm of the autoencoder.
     quantized: latents are rounded to the entries of its codebook when they are decoded.
+    decoding: bytes for each pixel while one sample is decoded in float32, counted for the published autoencoders.
+    of_frames: whether the pixels of all frames count; False: videos are decoded a few frames at a time.
     spread: whether it returns a distribution of latents, and not only one z.
     """
 
@@ -52,6 +58,8 @@ class Kind:
     patches: bool = False
     quantized: bool = False
     spread: bool = True
+    decoding: int = 3100
+    of_frames: bool = False
 
 
 def _ltx(config: Config) -> tuple[int, int]:
@@ -67,12 +75,12 @@ def _wan(config: Config) -> tuple[int, int]:
 
 
 KINDS: Mapping[str, Kind] = {
-    "AutoencoderDC": Kind(levels="encoder_block_out_channels", spread=False),
+    "AutoencoderDC": Kind(levels="encoder_block_out_channels", spread=False, decoding=2500),
     "AutoencoderKL": Kind(),
     "AutoencoderKLFlux2": Kind(patches=True),
-    "AutoencoderKLLTXVideo": Kind(factors=_ltx, per_channel=True, frames=True),
-    "AutoencoderKLQwenImage": Kind(factors=_wan, per_channel=True, frames=True, single=True),
-    "AutoencoderKLWan": Kind(factors=_wan, per_channel=True, frames=True),
+    "AutoencoderKLLTXVideo": Kind(factors=_ltx, per_channel=True, frames=True, decoding=140, of_frames=True),
+    "AutoencoderKLQwenImage": Kind(factors=_wan, per_channel=True, frames=True, single=True, decoding=7000),
+    "AutoencoderKLWan": Kind(factors=_wan, per_channel=True, frames=True, decoding=20_000),
     "VQModel": Kind(quantized=True, spread=False),
 }
 
@@ -172,7 +180,22 @@ class LatentCodec:
         return mean, log_variance
 
     def decode(self, latents: Tensor) -> Tensor:
-        return _in_blocks(self._decoded, latents, self.together(latents.shape[1:]))
+        """Pixels of latents [B, ...], decoded a few at a time, and in tiles if they are large.
+
+        Gradients flow to the latents.
+        """
+        shape = latents.shape[1:]
+        memory = self._decoding(shape)
+        block = max(1, min(self.together(shape), TOGETHER // memory))
+        vae = self._vae(latents.device)
+        tile = tiling.LONG_TILE if self.kind.of_frames else tiling.TILE
+        with tiling.in_tiles(vae, tile) if memory > WHOLE and tiling.can_tile(vae) else nullcontext():
+            return _in_blocks(self._decoded, latents, block)
+
+    def _decoding(self, shape: tuple[int, ...]) -> int:
+        """About how many bytes it takes to decode one sample of this shape at once."""
+        pixels = self.pixels(shape)[1:]
+        return self.kind.decoding * math.prod(pixels if self.kind.of_frames else pixels[-2:])
 
     def pixels(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (COLOURS, *pixel_size(shape[1:], self.factors))
@@ -259,7 +282,6 @@ class LatentCodec:
         return self._read.to(device)
 
 
-@torch.no_grad()
 def _in_blocks(convert: Callable[[Tensor], Tensor], samples: Tensor, block: int) -> Tensor:
     """Converts samples [N, ...], `block` at a time."""
     return torch.cat([convert(part) for part in samples.split(block)]).contiguous()

@@ -2,12 +2,14 @@
 
 Such a file is a safetensors file. A tensor FIELD [N, ...] has one row for each of N conditions, and null.FIELD [1, ...]
 is the row of the unconditional call. Its names are those of the network's arguments. Its metadata may name the digest
-of the text encoders that computed them. Others may write a folder of .npy files instead: FIELD.npy and null.FIELD.npy.
+of the text encoders that computed them, and the first prompts, for captions of pictures. Others may write a folder of
+.npy files instead: FIELD.npy and null.FIELD.npy.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from torch import Tensor
 from distill.core import file_checksums
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
+from distill.core.regular_files import read_regular
+from distill.core.text import one_line
 from distill.flow.conditioning import ConditionRows
 from distill.flow.draws import sample_noise
 from distill.flow.mapped import NPY, MappedArray, MappedRows, arrays
@@ -30,6 +34,9 @@ from distill.teachers.read import short, unreadable
 from distill.teachers.sharded_rows import KIND, ShardedRows
 
 ENCODER = "distill.encoder"  # name of the digest of the text encoders in the metadata
+PROMPTS = "distill.prompts"  # and of the first prompts, a list in JSON
+FIRST_PROMPTS = "first_prompts.json"  # the same list beside the shards of a cache
+CAPTIONS, CAPTION = 64, 300  # most prompts, and most characters of each
 CHECKED = 2**28  # bytes of rows that are checked for NaN before any is used
 MANIFEST = "manifest.json"
 NULL = "null."  # prefix of the names of the tensors of the unconditional call
@@ -74,7 +81,8 @@ class ConditionFile:
     """The content of a file with conditions.
 
     null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file. encoder: digest of the text
-    encoders that computed the rows, see `encoder_files`; None: not known.
+    encoders that computed the rows, see `encoder_files`; None: not known. prompts: those of the first rows, in one line
+    each; empty: not known.
     """
 
     path: Path
@@ -82,6 +90,7 @@ class ConditionFile:
     null_rows: Mapping[str, Tensor] | None
     digest: str
     encoder: str | None = None
+    prompts: tuple[str, ...] = ()
 
     def check(self, fields: Mapping[str, Wanted], optional: Mapping[str, Tensor]) -> None:
         """InputError unless the file has these fields, in these shapes. optional: fields that have another source.
@@ -134,7 +143,8 @@ def read(path: Path) -> ConditionFile:
     """
     if (path / MANIFEST).exists():
         opened = ShardedRows.open(path)
-        return ConditionFile(path, opened, opened.null_rows, opened.manifest.digest, opened.manifest.encoder_digest)
+        found, prompts = opened.manifest, _captions(path / FIRST_PROMPTS)
+        return ConditionFile(path, opened, opened.null_rows, found.digest, found.encoder_digest, prompts)
     if not path.exists():
         raise InputError(
             f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`, or give a "
@@ -146,10 +156,11 @@ def read(path: Path) -> ConditionFile:
         )
     try:
         tensors = _of_folder(path) if path.is_dir() else arrays(path)
-        encoder = None
+        encoder, prompts = None, tuple[str, ...]()
         if not path.is_dir():
             with safe_open(path, framework="pt") as file:
                 encoder = _encoder_in(path, file.metadata())
+                prompts = _parsed((file.metadata() or {}).get(PROMPTS, ""))
         digest = _digest(path, tensors)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -171,7 +182,7 @@ def read(path: Path) -> ConditionFile:
         if each.dtype.is_floating_point and (small or name.startswith(NULL)) and not each.whole().isfinite().all():
             raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
     null_rows = {name: each.whole() for name, each in null.items()}
-    return ConditionFile(path, MappedRows(rows), null_rows or None, digest, encoder)
+    return ConditionFile(path, MappedRows(rows), null_rows or None, digest, encoder, prompts)
 
 
 def _of_folder(folder: Path) -> dict[str, MappedArray]:
@@ -243,13 +254,43 @@ def _encoder_in(path: Path, metadata: Mapping[str, str] | None) -> str | None:
     return found
 
 
+def captions(prompts: Sequence[str]) -> list[str]:
+    """The first prompts, each as one line of limited length."""
+    return [one_line(each, CAPTION) for each in prompts[:CAPTIONS]]
+
+
+def _captions(path: Path) -> tuple[str, ...]:
+    try:
+        return _parsed(read_regular(path, 1 << 20, follow=True).decode())
+    except (OSError, UnicodeDecodeError):
+        return ()
+
+
+def _parsed(text: str) -> tuple[str, ...]:
+    """Captions in JSON, as one line each; none if the text is damaged, since they are only shown."""
+    try:
+        found = json.loads(text) if text else []
+    except (ValueError, RecursionError):
+        found = []
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        return ()
+    return tuple(captions(found))
+
+
 def write(
-    path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None, encoder: str | None = None
+    path: Path,
+    rows: Mapping[str, Tensor],
+    null_rows: Mapping[str, Tensor] | None,
+    encoder: str | None = None,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Writes a file with conditions. RunError if it cannot be written; an existing file is replaced.
 
-    encoder: digest of the text encoders.
+    encoder: digest of the text encoders. prompts: of the rows; the first of them are stored.
     """
     tensors = {name: each.detach().cpu().contiguous() for name, each in rows.items()}
     tensors |= {NULL + name: each.detach().cpu().contiguous() for name, each in (null_rows or {}).items()}
-    write_atomic(path, save(tensors, {ENCODER: encoder} if encoder else None))
+    known = {ENCODER: encoder} if encoder else {}
+    if prompts:
+        known[PROMPTS] = json.dumps(captions(prompts))
+    write_atomic(path, save(tensors, known or None))

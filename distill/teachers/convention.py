@@ -160,6 +160,7 @@ class Convention:
             {name: each for name, each in constants.items() if name not in given.rows.fields},
             {name: each.dtype for name, each in {**constants, **fields}.items()},
             self.of_sizes,
+            given.prompts,
         )
 
     def pipeline_of(self, config: Config) -> str:

@@ -131,7 +131,7 @@ def write(spec: CheckpointTeacher, prompts: Sequence[str], path: Path, device: t
     """
     encoders = load(spec, device, getattr(torch, spec.dtype), identify=False)
     rows, null = encoders.encode(prompts, "", BATCH, lambda done: None)
-    conditions.write(path, rows, null)
+    conditions.write(path, rows, null, prompts=prompts)
     encoders.pipeline.to("cpu")
     del encoders
     gc.collect()

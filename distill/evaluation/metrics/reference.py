@@ -36,9 +36,8 @@ class Reference:
     floor: float | None = None  # mean distance between this set and other sets of exact samples
     points: Tensor | None = None  # exact samples, for pictures
 
-    def measure(self, samples: Tensor) -> dict[str, float]:
-        """The metrics of samples [N, ...]: distance, KID, precision and recall."""
-        found = self.embed(samples)
+    def measure(self, found: Tensor) -> dict[str, float]:
+        """The metrics of samples, given their features [N, D]: distance, KID, precision and recall."""
         real, some = self.values[:MAX_COMPARED], found[:MAX_COMPARED]
         precision, recall = precision_recall(real, some)
         distance = self.distance(found, self.values)
