@@ -11,24 +11,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cached_runs
 import datasets
 import edm
 import pytest
 import test_convert_edm as of_edm
 import test_teacher_dit as dit
 import test_teacher_flux as flux
+import test_teacher_flux2 as flux2
+import test_teacher_qwen_image as qwen
 import test_teacher_unet_condition as sd
 import test_teacher_wan as wan
 import torch
 from cached_runs import CAPTIONS
 from commands import command
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, Flux2KleinPipeline
 from latent import VOCABULARY, ddim, seeded, tokenizer, write
 from latent_runs import run
 from PIL import Image
 from test_tars import write as write_tar
 from texts import clip, t5
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from distill.convert import conversion
 from distill.core import yamltext
@@ -70,6 +80,33 @@ def wan_21(folder: Path) -> Path:
     return write(folder, wan.pipeline(vae=vae, **texts))
 
 
+def flux_2_klein(folder: Path) -> Path:
+    sizes = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 27, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 4, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    encoder = seeded(lambda: Qwen3ForCausalLM(Qwen3Config(**sizes)))
+    texts = {"text_encoder": encoder, "tokenizer": tokenizer(512, "left", flux2.TEMPLATES[Flux2KleinPipeline])}
+    return write(folder, flux2.pipeline(Flux2KleinPipeline, texts=texts))
+
+
+def qwen_image(folder: Path) -> Path:
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    vae = seeded(
+        lambda: AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[0.9] * 4
+        )
+    )
+    encoder = seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
+    return write(folder, qwen.pipeline(vae=vae, text_encoder=encoder, tokenizer=tokenizer(1024)))
+
+
 def dit_of_three_classes(folder: Path) -> Path:
     return write(folder, dit.pipeline(num_embeds_ada_norm=3))
 
@@ -97,16 +134,16 @@ def prompts(folder: Path) -> dict[str, object]:
     return {"path": str(folder.with_suffix(".txt"))}
 
 
-def tars(folder: Path, captions: str = "txt") -> dict[str, object]:
+def tars(folder: Path, captions: str = "txt", side: int = 16) -> dict[str, object]:
     """A tar with six captioned images."""
     members = []
-    for i, (picture, caption) in enumerate(zip(pixels(6, 16, 16), CAPTIONS, strict=True)):
+    for i, (picture, caption) in enumerate(zip(pixels(6, side, side), CAPTIONS, strict=True)):
         file = io.BytesIO()
         picture.save(file, "JPEG")
         text = caption if captions == "txt" else json.dumps({captions.removeprefix("json."): caption})
         members += [(f"{i}.jpg", file.getvalue()), (f"{i}.{captions.partition('.')[0]}", text.encode())]
     write_tar(folder / "00000.tar", members)
-    return {"path": str(folder), "size": 16}
+    return {"path": str(folder), "size": side}
 
 
 def videos(folder: Path) -> dict[str, object]:
@@ -145,6 +182,9 @@ SMALL = {
     "sd15-instaflow": Small(stable_diffusion, prompts, (16, 16)),
     "sd15-perflow": Small(stable_diffusion, tars, (16, 16)),
     "sdxl-dmd2": Small(lambda folder: stable_diffusion(folder, xl=True), tars, (16, 16)),
+    "sd35-consistency-lora": Small(cached_runs.pipeline, tars, (16, 16)),
+    "flux2-klein-dmd2-lora": Small(flux_2_klein, tars, (16, 16)),
+    "qwen-image-dmd2-lora": Small(qwen_image, lambda folder: tars(folder, side=32), (32, 32)),
     "flux-shortcut": Small(flux_dev, lambda folder: tars(folder, "json.prompt"), (16, 16)),
     "wan21-dmd2": Small(wan_21, videos, (5, 16, 32)),
     "imagenet256-dit-meanflow": Small(dit_of_three_classes, lambda folder: rows(folder, 16, label="label"), (16, 16)),
