@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cached_runs
 import datasets
+import diffusers
 import edm
 import pytest
 import test_convert_edm as of_edm
@@ -43,9 +44,13 @@ from transformers import (
 from distill.convert import conversion
 from distill.core import yamltext
 from distill.exchange import student_card
+from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.runs import results
 from distill.spec import checks, presets, specfile
 from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.rolespec import LoraSpec
+from distill.training import memory
+from distill.training.choice import choose_sharding
 
 BATCH, STEPS = 4, 3
 
@@ -285,3 +290,81 @@ def test_three_steps(name, tmp_path):
     found = {row.network: row.rms for row in results.load_results(done.stage(measured)).rows if not row.fine}
     assert set(found) == {"teacher", *spec.stages[measured].students}
     assert all(rms < 100 for rms in found.values())
+    for each in trained:
+        assert (done.student(each) / "pytorch_lora_weights.safetensors").exists() == bool(spec.stages[each].lora)
+
+
+# --- memory ---
+
+# The networks as their authors publish them, on the meta device, and the roles of the recipe that are trained.
+UNETS = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+XL_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+PUBLISHED = {
+    "sd15": (859_520_964, lambda: diffusers.UNet2DConditionModel(block_out_channels=(320, 640, 1280, 1280), **UNETS)),
+    "sdxl": (
+        2_567_463_684,
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=XL_BLOCKS,
+            up_block_types=tuple(each.replace("Down", "Up") for each in reversed(XL_BLOCKS)), cross_attention_dim=2048,
+            attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10], use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        ),
+    ),
+    "sd35": (
+        2_243_171_520,
+        lambda: diffusers.SD3Transformer2DModel(
+            sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", joint_attention_dim=4096,
+        ),
+    ),
+    "flux": (11_901_408_320, lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True)),
+    "flux2": (
+        3_875_544_576,
+        lambda: diffusers.Flux2Transformer2DModel(
+            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+        ),
+    ),
+    "qwen": (20_430_401_088, diffusers.QwenImageTransformer2DModel),
+    "wan21": (
+        1_418_996_800,
+        lambda: diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    ),
+    "imagenet256": (
+        749_826_464,
+        lambda: diffusers.DiTTransformer2DModel(
+            num_attention_heads=16, attention_head_dim=72, out_channels=8, num_layers=28, sample_size=32
+        ),
+    ),
+    "imagenet64": (295_899_267, lambda: DhariwalUNet2DModel(64, num_classes=1000)),
+    "cifar10": (55_732_739, lambda: SongUNet2DModel(32, channel_multipliers=[2, 2, 2])),
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SMALL)
+def test_the_memory_at_the_top_is_that_of_the_plan(name):
+    """Without activations, and without what is added to the networks: the second time, and the head of the critic."""
+    spec = specfile.load(presets.find(name)).spec
+    count, make = PUBLISHED[name.partition("-")[0]]
+    with torch.device("meta"):
+        network = make()
+    whole = [p.numel() for p in network.parameters()]
+    assert sum(whole) == count
+    stage = [each for each in spec.stages.values() if isinstance(each, TrainStage)][-1]
+    roles = ("student", "critic") if stage.recipe == "score/dmd2" else ("student",)
+    sizes = {role: whole if role not in stage.lora else adapters(network, stage.lora[role]) for role in roles}
+    launch, sharding = spec.launch, choose_sharding(spec.launch)
+    found = sum(memory.predict(sizes, [], len(stage.ema_half_lives), launch.world_size, sharding).values())
+    if "point" not in stage.options or stage.options["point"] != "data":
+        held = count * (2 if spec.teacher.dtype == "bfloat16" else 4)
+        found += held // launch.world_size if sharding.divides_frozen else held
+    assert f"takes about {round(found / 1e9)} GB of each GPU" in " ".join(presets.head(name))
+
+
+def adapters(network: torch.nn.Module, lora: LoraSpec) -> list[int]:
+    ends = None if lora.targets is None else tuple(f".{each}" for each in lora.targets)
+    chosen = [
+        each for name, each in network.named_modules()
+        if isinstance(each, torch.nn.Linear) and (".attn" in name if ends is None else name.endswith(ends))
+    ]  # fmt: skip
+    return [lora.rank * size for each in chosen for size in (each.in_features, each.out_features)]
