@@ -1,5 +1,6 @@
 """Runs a train stage: trains its networks, and exports its student."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
+from distill.core.printing import say
 from distill.core.text import one_line
 from distill.data import DataSet, DataSource
 from distill.data.encoded import codec_of, scaled_for
@@ -277,7 +280,18 @@ def _export(
         )
     load_own(student, tensors)
     card = training.card.model_copy(update={"weights": weights, "images": images})
-    export(merged(role, student), folder, card, training.init.packaging)
+    export(merged(role, student), folder, card, training.init.packaging, _proof(work, stage, training.init, student))
+
+
+def _proof(work: Work, stage: TrainStage, init: StudentInit, student: nn.Module) -> Callable[[Path], object] | None:
+    """For a LoRA student: what loads its files again as others do."""
+    if "student" not in stage.lora:
+        return None
+    from distill.students import lora_verify  # imports PEFT, which takes seconds
+
+    say("loading the LoRA files again, in a process that cannot import distill")
+    own = stage.teacher is None  # else the base may be that of a student
+    return partial(lora_verify.prove, student=student, init=init, teacher=work.spec.teacher if own else None)
 
 
 def say_measured(run: RunPaths, found: results.Results, student: str) -> None:

@@ -5,7 +5,7 @@ The same weights and card give the same bytes, so that students can be compared 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -32,13 +32,20 @@ CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
 TOLERANCE = 1e-5  # absolute for samples within [-1, 1], relative to the largest value for larger ones
 
 
-def export(student: Student, folder: Path, card: StudentCard, packaging: Packaging | None = None) -> None:
+def export(
+    student: Student,
+    folder: Path,
+    card: StudentCard,
+    packaging: Packaging | None = None,
+    prove: Callable[[Path], object] | None = None,
+) -> None:
     """Write the student folder, reload it with plain diffusers, compare, and rename it to `folder`.
 
     An existing folder is replaced. RunError if a weight is not finite, if diffusers reads other weights or makes other
     samples, or if writing fails; `folder` is then unchanged.
 
-    packaging: for students that keep the network class of a latent-space pipeline.
+    packaging: for students that keep the network class of a latent-space pipeline. prove: called with the complete
+    folder under its temporary name; raises RunError if others cannot use it.
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
@@ -62,6 +69,8 @@ def export(student: Student, folder: Path, card: StudentCard, packaging: Packagi
             else:
                 _write(reference.network, new, card)
                 _compare(reference, new, card)
+            if prove is not None:
+                prove(new)
     except OSError as error:
         raise RunError(f"cannot write the student to {folder}: {error.strerror}; nothing was changed") from error
 

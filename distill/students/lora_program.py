@@ -5,6 +5,7 @@ layers of the network and its outputs are compared.
 """
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _pipeline(arguments: Mapping[str, Any]) -> Any:
     for component, (network, folder) in arguments["base"].items():
         parts[component] = getattr(diffusers, network).from_pretrained(folder, torch_dtype=dtype).eval()
     if arguments["scheduler"] is not None:
-        config = diffusers.SchedulerMixin.load_config(arguments["scheduler"])
+        config = json.loads((Path(arguments["scheduler"]) / "scheduler_config.json").read_text())
         parts["scheduler"] = getattr(diffusers, config["_class_name"]).from_pretrained(arguments["scheduler"])
     return kind(**parts)
 

@@ -1,8 +1,6 @@
 """Loads the files of a LoRA student where this project cannot be imported, before an export says success.
 
-    write_diffusers(folder, from_network(student.network))
-    files = write_comfy(folder / "comfyui", name, weights, student.network)   # unless why_not(...)
-    verify(folder, student, shape, cond, comfyui=files)
+    export(student, folder, card, packaging, lambda new: lora_verify.prove(new, student, init, teacher_spec))
 
 A file can load nothing without an error, so all layers must be there, and the output of the network must change.
 """
@@ -25,13 +23,17 @@ from distill.flow.draws import sample_noise
 from distill.networks.experts import Experts
 from distill.networks.two_times import TwoTimes
 from distill.protocols import Cond
+from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import isolated, lora_program, native
 from distill.students.comfy_keys import key_list
+from distill.students.init import StudentInit
 from distill.students.lora_comfy import ENDINGS, changed_layers, read_comfy, why_not_in_diffusers
+from distill.students.lora_folder import COMFY
 from distill.students.lora_weights import FILE_2, LoraWeights, from_network, needs_peft
 from distill.students.native import NativeStudent
 from distill.teachers import checkpoint, layout
 
+STORED = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 TIMES = (0.95, 0.05)  # at which the networks are called: of two networks, each is called
 TOLERANCES = {"cpu": 1e-4, "cuda": 1e-3}  # of outputs in float32, relative to the largest, by the student's device
 TOLERANCE_16 = 3e-2  # of outputs in 16 bits
@@ -48,6 +50,30 @@ class LoraProof:
     layers: int
     difference: float
     comfyui: str = ""
+
+
+def prove(folder: Path, student: NativeStudent, init: StudentInit, teacher: TeacherSpec | None) -> LoraProof:
+    """`verify` for the folder of a LoRA student, as `lora_folder` writes it.
+
+    init: what made the student. teacher: the spec of its teacher, if there is one.
+    """
+    given = init.conditioning
+    return verify(
+        folder,
+        student,
+        init.shape,
+        {} if given.count is None else given.collate(torch.zeros(1, dtype=torch.int64)),
+        comfyui=sorted((folder / COMFY).glob("*.safetensors")),
+        base=_unchanged(teacher),
+        pipeline="" if init.packaging is None else init.packaging.pipeline,
+    )
+
+
+def _unchanged(spec: TeacherSpec | None) -> Path | None:
+    """The folder of a teacher's pipeline, if it is here and its network has the weights that are stored there."""
+    if not isinstance(spec, CheckpointTeacher) or spec.lora or spec.variant or not Path(spec.path).is_dir():
+        return None
+    return Path(spec.path) / (spec.subfolder or "")
 
 
 def verify(
@@ -153,7 +179,7 @@ def _bases(networks: Mapping[str, ModelMixin], base: Path | None) -> Iterator[di
         found = {}
         for component, network in networks.items():
             stored = None if base is None else base / component
-            if stored is None or not list(stored.glob("diffusion_pytorch_model*.safetensors")):
+            if stored is None or not any((stored / name).is_file() for name in STORED):
                 stored = Path(temporary) / component
                 _plain(network).save_pretrained(stored, max_shard_size="5GB")
             found[component] = stored.absolute()
