@@ -245,6 +245,7 @@ def test_the_command_at_the_top_is_what_the_spec_says(name):
         "Nobody has run this preset with distill on GPUs yet.",
         "Expected",
         "Not as in ",
+        "Sources of the values: ",
     ):
         assert said in text
     assert presets.summary(name).endswith("on GPUs yet.")
