@@ -104,8 +104,10 @@ RIGHT = {
     "adapters": {
         "files": {
             "pytorch_lora_weights.safetensors": lora(
-                r=4, lora_alpha=8.0, target_modules=["blocks.0.to_q"], alpha_pattern={"^blocks.0.to_q": 2}
+                r=4, lora_alpha=8.0, target_modules=["all_x.2-1"], alpha_pattern={"^all_x.2-1": 2}
             ),
+            "adapter_model.safetensors": tensors(300, 1),
+            "adapter_config.json": b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8.0, "target_modules": ["to_q"]}',
             "comfyui/name.safetensors": tensors(300, 1),
         }
     },
@@ -218,6 +220,10 @@ LIES = {
         'rank_pattern={"(a+)+$": 1}; valid: r, lora_alpha',
     ),
     "a pattern of layers": (of_file(ADAPTERS, lora(target_modules="(a+)+$")), 'target_modules="(a+)+$"; valid:'),
+    "a class of PEFT": (
+        of_file("adapter_config.json", b'{"peft_type": "LORA", "auto_mapping": {"parent_library": "os"}}'),
+        'adapter_config.json: the settings of its LoRA have auto_mapping={"parent_library": "os"}; valid: r,',
+    ),
     "another adapter": (of_file(ADAPTERS, lora(peft_type="LOHA")), 'peft_type="LOHA"; valid:'),
 }
 

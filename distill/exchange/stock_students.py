@@ -16,7 +16,13 @@ from distill.core.text import one_line, printable
 from distill.exchange.student_card import StudentCard
 
 NOT_LOADED = "the student is not loaded because it may be unsafe or damaged"
-LORA_FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+LORA_FILES = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_2.safetensors",
+    "adapter_model.safetensors",
+    ADAPTER_CONFIG,
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ FOLDERS: Mapping[str, re.Pattern[str]] = {
         r"model_index\.json|README\.md|LICENSE\.(md|txt)|[\w-]+\.png|second_time\.safetensors|"
         + "|".join(map(re.escape, LORA_FILES))
     ),
-    **dict.fromkeys(("transformer", "unet", "acceleration", "vae", "vqvae"), WEIGHTS),
+    **dict.fromkeys(("transformer", "unet", "vae", "vqvae"), WEIGHTS),
+    "acceleration": re.compile(rf"{WEIGHTS.pattern}|{re.escape(ADAPTER_CONFIG)}"),
     **dict.fromkeys(("text_encoder", "image_encoder", "safety_checker"), ENCODER_FILES),
     "scheduler": re.compile(r"scheduler_config\.json"),
     "tokenizer": re.compile(r"[\w-]+\.(json|txt|model|jinja)"),
@@ -148,7 +155,7 @@ SENTENCEPIECE = b"\x0a"  # their first byte: the first entry of the list of piec
 KERNELS = re.compile(r"_?(attn|experts)_implementation(_internal)?|use_kernels|kernel_config")
 OWN_KERNEL = re.compile(r"eager|sdpa|flash_attention_[23]|flex_attention")
 OWN_FILES = re.compile(r"(vocab|merges|tokenizer|spm|sentencepiece|source_spm|target_spm)_file")
-LAYER = re.compile(r"\^?[A-Za-z0-9_.]{1,300}")
+LAYER = re.compile(r"\^?[A-Za-z0-9_.-]{1,300}")
 
 
 def refuse_card(card: StudentCard) -> None:
@@ -224,6 +231,8 @@ def _is_component(value: list[Any], library: str, classes: frozenset[str]) -> bo
 
 def refuse_config(parsed: object, name: str, card: StudentCard) -> None:
     """Raise InputError if a configuration makes a loader run other code, or read files that are not listed."""
+    if PurePosixPath(name).name == ADAPTER_CONFIG:
+        _refuse_settings(parsed, name)
     for key, value in entries(parsed):
         if KERNELS.fullmatch(key) and not (value in (None, False) or OWN_KERNEL.fullmatch(str(value))):
             raise InputError(f"{name} refers to code or weights elsewhere ({key}); {NOT_LOADED}")
@@ -244,6 +253,11 @@ def refuse_header(metadata: object, name: str) -> None:
         settings = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         settings = None
+    _refuse_settings(settings, name)
+
+
+def _refuse_settings(settings: object, name: str) -> None:
+    """Raise InputError unless the settings of a LoRA are those of `lora_weights`."""
     if not isinstance(settings, dict):
         raise InputError(f"{name}: the settings of its LoRA are not valid JSON; {NOT_LOADED}")
     for key, value in settings.items():
