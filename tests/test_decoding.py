@@ -67,7 +67,7 @@ TILED = {
     "AutoencoderKLLTXVideo": (ltx.autoencoder, (4, 3, 16, 20), 64, 0.4),
     "AutoencoderDC": (lambda: seeded(dc), (4, 8, 10), 128, 0.7),
 }
-SLOW = ("AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLLTXVideo", "AutoencoderDC")
+SLOW = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLFlux2", "AutoencoderKLLTXVideo", "AutoencoderDC")
 
 
 def decoder_calls(codec: LatentCodec, latents) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
@@ -130,6 +130,7 @@ def test_gradients_flow_through_the_decoder(tmp_path):
     step = 0.1 * gradient / gradient.norm()
     ahead, behind = (codec.decode(latents.detach() + sign * step).square().sum() for sign in (1, -1))
     assert ((ahead - behind) / (0.2 * gradient.norm())).item() == pytest.approx(1, abs=0.05)
+    assert codec._read.decoder.gradient_checkpointing, "activations are computed again, not kept"
     assert all(each.grad is None for each in codec._read.parameters())
     assert not codec.decode(latents.detach()).requires_grad
 
@@ -150,7 +151,7 @@ def decoded():
     hook.remove()
 
 
-@pytest.mark.parametrize("compared", [True, False])
+@pytest.mark.parametrize("compared", [pytest.param(True, marks=pytest.mark.long), False])
 def test_an_evaluation_decodes_each_sample_once(folder, tmp_path, monkeypatch, decoded, compared):
     """For features and pictures together. Without real data, only what is shown: six rows of the three classes."""
     monkeypatch.setattr(features, "TRAIN_IMAGES", 512)

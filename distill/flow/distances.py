@@ -3,16 +3,19 @@
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, FilePath
+from pydantic import BaseModel, ConfigDict, FilePath, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.errors import InputError
+from distill.flow.codecs import PIXELS
+from distill.flow.latent_lpips import DecodedLpips, LatentLpips
+from distill.protocols import Codec, Teacher
 
 Trunk = Literal["squeeze", "alex", "vgg"]
 Resize = Literal["none", "to_64", "to_64_corners", "to_224"]
@@ -68,25 +71,59 @@ class LpipsOptions(BaseModel):
     """use the trained linear heads of LPIPS; null: true; use false for a backbone with other weights"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64"
     """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
+    lpips_on: Literal["pixels", "latents"] | None = None
+    """for a teacher that works on latents; pixels: compare decoded images; latents: compare latents, by a vgg16_bn that
+    was trained on latents (LatentLPIPS, arXiv 2405.05967); null: pixels"""
+
+    @model_validator(mode="after")
+    def _fits_latents(self) -> Self:
+        if self.lpips_on == "latents" and self.lpips_trunk != "vgg":
+            raise ValueError(
+                "lpips_on: latents needs lpips_trunk: vgg, and in lpips_path one that was trained on latents"
+            )
+        if self.lpips_on == "latents" and "lpips_resize" in self.model_fields_set:
+            raise ValueError("lpips_resize: no effect with lpips_on: latents, which are not enlarged; remove it")
+        return self
 
     def lpips_given(self) -> list[str]:
         """The names of the LPIPS options that differ from their defaults."""
         return [name for name in self.model_dump(exclude_defaults=True) if name.startswith("lpips_")]
 
-    def check_shape(self, shape: Sequence[int], remedy: str) -> None:
-        """Raises InputError if LPIPS is enabled but cannot compare samples of this shape."""
+    def codec_of(self, teacher: Teacher | None, remedy: str) -> Codec:
+        """What decodes the teacher's samples. Raises InputError if LPIPS is enabled but cannot compare them."""
+        codec = PIXELS if teacher is None else teacher.codec
+        if teacher is not None:
+            self.check_shape(teacher.shape, remedy, codec)
+        return codec
+
+    def check_shape(self, shape: Sequence[int], remedy: str, codec: Codec = PIXELS) -> None:
+        """Raises InputError if LPIPS is enabled but cannot compare samples of this shape, which `codec` decodes."""
         if self.lpips_trunk is None:
             return
-        if not Lpips.takes(shape):
-            raise InputError(f"lpips_trunk: LPIPS compares images, but samples have shape {list(shape)}; {remedy}")
-        _check_size(self.lpips_trunk, self.lpips_resize, shape[1:])
+        if self.lpips_on is not None and codec.is_identity:
+            raise InputError(
+                f"lpips_on={self.lpips_on} has no effect, because the teacher has no autoencoder; remove it"
+            )
+        if self.lpips_on == "latents":
+            LatentLpips.check(shape, self.lpips_path, remedy)
+            return
+        pixels = codec.pixels(tuple(shape))
+        if not Lpips.takes(pixels):
+            raise InputError(f"lpips_trunk: LPIPS compares images, but samples have shape {list(pixels)}; {remedy}")
+        _check_size(self.lpips_trunk, self.lpips_resize, pixels[1:])
 
-    def lpips(self) -> "Lpips | None":
-        """The LPIPS network; None if no trunk is selected or the path of its weights is not given."""
+    def lpips(self, codec: Codec = PIXELS) -> nn.Module | None:
+        """The LPIPS network; None if no trunk is selected or the path of its weights is not given.
+
+        codec: what decodes the samples that it compares.
+        """
         if self.lpips_trunk is None or self.lpips_path is None:
             return None
+        if self.lpips_on == "latents":
+            return LatentLpips(self.lpips_path, heads=self.lpips_heads)
         heads = self.lpips_heads is not False
-        return Lpips(self.lpips_trunk, self.lpips_path, heads=heads, resize=self.lpips_resize)
+        found = Lpips(self.lpips_trunk, self.lpips_path, heads=heads, resize=self.lpips_resize)
+        return found if codec.is_identity else DecodedLpips(found, codec)
 
 
 class Lpips(nn.Module):

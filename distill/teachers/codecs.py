@@ -18,7 +18,7 @@ import diffusers
 import torch
 from pydantic import Field, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.core import file_checksums
 from distill.core.errors import InputError
@@ -188,6 +188,8 @@ class LatentCodec:
         memory = self._decoding(shape)
         block = max(1, min(self.together(shape), TOGETHER // memory))
         vae = self._vae(latents.device)
+        if latents.requires_grad and vae._supports_gradient_checkpointing:
+            vae.enable_gradient_checkpointing()  # otherwise the gradient would need many times the memory
         tile = tiling.LONG_TILE if self.kind.of_frames else tiling.TILE
         with tiling.in_tiles(vae, tile) if memory > WHOLE and tiling.can_tile(vae) else nullcontext():
             return _in_blocks(self._decoded, latents, block)
@@ -273,12 +275,12 @@ class LatentCodec:
         return files.weights(self.folder, self.variant, optional=True)
 
     @cached_property
-    def _read(self) -> nn.Module:
+    def _read(self) -> diffusers.ModelMixin:
         """The autoencoder."""
         vae, _ = weights.network(self.folder, self.config, self._class, self.paths)
         return vae.eval().requires_grad_(False)
 
-    def _vae(self, device: torch.device) -> nn.Module:
+    def _vae(self, device: torch.device) -> diffusers.ModelMixin:
         return self._read.to(device)
 
 

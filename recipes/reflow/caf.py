@@ -54,13 +54,12 @@ class Recipe:
     sampler = "accelerated"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if teacher is not None:
-            config.check_shape(teacher.shape, "remove it and lpips_path")
+        self.codec = config.codec_of(teacher, "remove it and lpips_path")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
         roles = dict[str, Role](student=Trained(init.acceleration()))
-        if (lpips := self.config.lpips()) is not None:
+        if (lpips := self.config.lpips(self.codec)) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 

@@ -63,13 +63,12 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if teacher is not None:
-            config.check_shape(teacher.shape, "use distance: l2")
+        self.codec = config.codec_of(teacher, "use distance: l2")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
         roles: dict[str, Role] = {"student": Trained(init.velocity_field())}
-        if (lpips := self.config.lpips()) is not None:
+        if (lpips := self.config.lpips(self.codec)) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 

@@ -60,13 +60,12 @@ class Recipe:
     sampler: str = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if teacher is not None:
-            config.check_shape(teacher.shape, "remove it")
+        self.codec = config.codec_of(teacher, "remove it")
         self.config, self.sampler = config, config.sampler
 
     def networks(self, init: Init) -> dict[str, Role]:
         roles: dict[str, Role] = {"student": Trained(init.velocity_field())}
-        if (lpips := self.config.lpips()) is not None:
+        if (lpips := self.config.lpips(self.codec)) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 

@@ -76,15 +76,14 @@ class Recipe:
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.flip and teacher is not None and len(teacher.shape) != 3:
             raise InputError(f"flip needs images, but samples have shape {list(teacher.shape)}; remove it")
-        if teacher is not None:
-            config.check_shape(teacher.shape, "use distance: l2")
+        self.codec = config.codec_of(teacher, "use distance: l2")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
         c, roles = self.config, dict[str, Role](student=Trained(init.velocity_field()))
         if c.phase == "distill":
             roles["flow"] = Frozen(init.velocity_field())
-        if (lpips := c.lpips()) is not None:
+        if (lpips := c.lpips(self.codec)) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 
