@@ -117,6 +117,7 @@ def plan(
     if json:
         measured = {"memory": memory} if measure else {}
         known = {"data": None if found is None else asdict(found)}
+        known["students"] = {name: asdict(each.smaller) for name, each in ready.built.items() if each.smaller}
         print_json({**planning.as_json(source.spec, paths, steps), **known, **measured})
         return
     exists = "  (a run with this name already exists; use --name OTHER for a new one, or --resume)"
@@ -129,6 +130,9 @@ def plan(
     start.say_stream(source.spec)
     if found is not None:
         say("\n".join(found.lines()))
+    for name, each in ready.built.items():
+        if each.smaller is not None:
+            say(f"student of '{name}': {each.smaller.words}")
     say(f"writes to {near(paths.root)}{taken}")
     say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:

@@ -27,9 +27,10 @@ from distill.spec import cacheuse, pairspec, registry
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
 from distill.spec.resolved import Resolved, ResolvedRecipe
-from distill.students import adapting, native, sampling
+from distill.students import adapting, native, sampling, smaller
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
+from distill.students.smaller import SmallerStudent
 from distill.teachers import LoadedTeacher
 from distill.teachers.codecs import LatentCodec
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField
@@ -56,6 +57,8 @@ class Built:
     """for each target copy, the network that it copies"""
     teacher: LoadedTeacher | None
     """the teacher that the recipe calls, if any"""
+    smaller: SmallerStudent | None
+    """what a student of another size is, if the stage asks for one"""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
         try:
             if stage.teacher is None and teacher is not None:
                 teacher.guided(recipe.guidance_scale)
+            if stage.student is not None and (origin := _origin(stage, teacher, built)) is not None:
+                smaller.check(origin, stage.student.config)
         except InputError as error:
             raise InputError(f"stages.{name}: {error}") from error
         try:
@@ -179,7 +184,15 @@ def start(
     if data is not None and samples is data:
         shape = sample_shape(data, PIXELS if known is None else known.codec)
     init = StudentInit(
-        origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout, shares=bool(stage.lora)
+        origin,
+        stage.network,
+        shape,
+        samples.num_classes,
+        seed,
+        teacher,
+        stage.dropout,
+        shares=bool(stage.lora),
+        changes=None if stage.student is None else stage.student.config,
     )
     if data is not None and "data" in recipe.needs:
         _check_buckets(init, data)
@@ -237,7 +250,8 @@ def _build(
     made_as = roles["student"]
     student = made_as.module if isinstance(made_as, Adapter) else trained["student"]  # recipes' adapters will be merged
     exported = sum(p.numel() for p in student.parameters() if not is_shared(p))
-    return made, Built(_pretend(student, init), sizes, still, exported, copies, called)
+    other = None if init.changes is None or origin is None else smaller.describe(origin, init.changes)
+    return made, Built(_pretend(student, init), sizes, still, exported, copies, called, other)
 
 
 def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:
@@ -252,6 +266,14 @@ def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:
     }
     network = deepcopy(teacher.network, shapes).to("meta")
     return replace(teacher, network=network, field=replace(teacher.field, network=network))
+
+
+def _origin(stage: TrainStage, teacher: LoadedTeacher | None, earlier: Mapping[str, Built]) -> Origin | None:
+    """The network that a stage starts from; None if it is not known yet. teacher: the spec's."""
+    name = stage.init or stage.teacher
+    if name is None:
+        return teacher
+    return earlier[name].student if name in earlier else None
 
 
 def _student(earlier: Mapping[str, Built], name: str) -> Origin:

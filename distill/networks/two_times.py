@@ -46,7 +46,10 @@ class TwoTimes(nn.Module):
         k = torch.arange(1, FREQUENCIES + 1, dtype=torch.float32, device=t.device)
         angle = (t - s).float()[:, None] * k * (math.pi / 2)  # [B, 16]
         self._embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
-        return call(self.network, x_t, t, cond)
+        try:
+            return call(self.network, x_t, t, cond)
+        finally:
+            self._embedded = None  # it belongs to the graph of this call, with which the network could not be copied
 
     def checkpoint(self, module: nn.Module, *inputs: object) -> object:
         """Calls a module of the network, whose activations are recomputed later, with the second time of this call."""

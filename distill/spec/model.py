@@ -184,7 +184,8 @@ class TrainStage(FrozenModel):
     dropout: Fraction | None = None
     """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
     student: StudentSpec | None = None
-    """train a new student of the teacher's network class, but of another size; null: of the teacher's size"""
+    """train a student of another size than init or the teacher, of its network class and with some of its weights;
+    null: of the same size"""
     lora: Annotated[dict[Name, LoraSpec], Field(max_length=16)] = {}
     """networks that are trained as adapters of the teacher's, by their name in the recipe, such as student or critic;
     networks without an entry are trained in full"""

@@ -27,7 +27,11 @@ def _smaller(found: Resolved, stage: TrainStage, where: str) -> Iterator[str]:
             f"{where}.lora.{STUDENT}: adapters change the teacher's weights, but the weights of `student` are new; "
             "remove one of them"
         )
-    yield f"{where}.student: not supported yet; remove it"
+    if (kind := found.kind(stage.init)) is not None and not kind.is_field:
+        yield (
+            f"{where}.student: no smaller student can be made of the student of init '{stage.init}', because it is "
+            f"{kind.words}; start from a velocity student, or from the teacher"
+        )
 
 
 def _lora(found: Resolved, stage: TrainStage, where: str) -> Iterator[str]:

@@ -73,7 +73,10 @@ class LoraSpec(FrozenModel):
 
 
 class StudentSpec(FrozenModel):
-    """A student of the teacher's network class with another size. Its weights are new."""
+    """A student of the teacher's network class with another size. Layers that the teacher has in the same shape start
+    with its weights. If there are fewer blocks, they start from the teacher's first and last, and from those evenly
+    spaced between them. All other layers are new."""
 
     config: Annotated[dict[str, Any], Field(min_length=1, max_length=1000)]
-    """entries that replace those of the teacher's config.json, such as num_layers: 12"""
+    """options of its size that replace those of the teacher's config.json, such as num_layers: 12; `distill plan`
+    prints the number of parameters and which blocks start with which of the teacher's"""

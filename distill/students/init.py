@@ -1,5 +1,6 @@
 """The networks that a recipe starts from: copies of a teacher or student, or newly initialised ones."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Codec, Cond
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import NetworkSpec
-from distill.students import native
+from distill.students import native, smaller
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField, VeField
@@ -37,6 +38,7 @@ class StudentInit:
     dropout: dropout probability of a copied network; None: as in the source.
     shares: the networks share the frozen weights of the teacher, or of the source; see `adapting.trained`, which makes
     them trainable. InputError if the source is not the network of a latent-space pipeline.
+    changes: to the config of the source's network, for a student of another size; see `smaller.of`.
 
     The attributes `num_classes` and `null_class` are those of the networks made here. A new network has the classes of
     the teacher, or of the samples if there is no teacher; with K classes its null class is K. A copied network must
@@ -55,9 +57,11 @@ class StudentInit:
         dropout: float | None = None,
         *,
         shares: bool = False,
+        changes: Mapping[str, object] | None = None,
     ) -> None:
         self.shares = shares
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
+        self.changes = changes
         self.dropout, self.packaging = dropout, None if source is None else source.packaging
         self.codec: Codec = next((each.codec for each in (teacher, source) if each is not None), PIXELS)
         shown = num_classes if teacher is None else teacher.num_classes
@@ -174,16 +178,19 @@ class StudentInit:
                 f"{self.source.description} is {words}, and a {what} cannot start from its weights; start from a "
                 "student of kind velocity, from the teacher, or from a new `network`"
             )
-        if native.is_native(self.source.network):
-            assert self.source.network is not None
-            return self._start(self.source.network, self.dropout)
-        name = type(self.source.network).__name__
+        source = self.source if self.changes is None else smaller.of(self.source, self.changes, self.seed)
+        if native.is_native(source.network):
+            assert source.network is not None
+            if source is not self.source:
+                return native.trainable(source.network, self.dropout)
+            return self._start(source.network, self.dropout)
+        name = type(source.network).__name__
         exported = tuple(each for members in (*NETWORKS.values(), EDM) for each in members)
-        if not isinstance(self.source.network, exported):
+        if not isinstance(source.network, exported):
             raise InputError(
-                f"{self.source.description}: exporting a student of class {name} is not supported; use a new `network`"
+                f"{source.description}: exporting a student of class {name} is not supported; use a new `network`"
             )
-        return _copied(self.source, self.dropout)
+        return _copied(source, self.dropout)
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call, for as many rows as `cond`. InputError if the network has none."""

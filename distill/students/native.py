@@ -69,11 +69,16 @@ def in_float32(call: LinearCall) -> LinearCall:
 
 
 def copied(network: nn.Module, dropout: float | None) -> nn.Module:
-    """A copy in float32, in which all is trained except for what the class freezes and what has no effect.
+    """A copy in float32, to be trained as `trainable` says."""
+    return trainable(_built_again(network), dropout)
+
+
+def trainable(network: nn.Module, dropout: float | None) -> nn.Module:
+    """A new network, in which all is trained except for what its class freezes and what has no effect.
 
     dropout: probability in all its layers of dropout; None: as in the network.
     """
-    return _with_dropout(_without_unused(_built_again(network).train()), dropout)
+    return _with_dropout(_without_unused(network.train()), dropout)
 
 
 def on_shared_base(network: nn.Module, dropout: float | None) -> nn.Module:

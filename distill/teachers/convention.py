@@ -70,6 +70,11 @@ class Convention:
     embedded_guidance: float | None = None  # the pipeline's default; None: the network does not take it
     image_output = 0  # which part of what a block returns belongs to the image, if it returns a tuple
 
+    size_options: tuple[str, ...] = ("num_layers", "num_attention_heads", "attention_head_dim")
+    """the options of the config that make a network larger or smaller without changing its inputs and outputs"""
+    width_options: tuple[str, ...] = ()
+    """the options that must be num_attention_heads * attention_head_dim"""
+
     default_factors = (1, 8)  # without an autoencoder: how many frames, and pixels per side, become one
 
     @property
@@ -187,6 +192,16 @@ class Convention:
         """The channels of what these modules make. config: of the network, with all defaults."""
         width: int = config["num_attention_heads"] * config["attention_head_dim"]
         return width
+
+    def resized(self, config: Config, changes: Config) -> Config:
+        """The config of a network of another size: with `changes` to `size_options`, and what follows from them."""
+        found = {**config, **changes}
+        if not self.width_options:
+            return found
+        return {
+            **found,
+            **dict.fromkeys(self.width_options, found["num_attention_heads"] * found["attention_head_dim"]),
+        }
 
     def with_velocity(self, config: Config) -> Config:
         """The config of a network that takes (x_t, velocity), joined along the channels, in place of x_t."""

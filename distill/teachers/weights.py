@@ -67,7 +67,7 @@ def unfilled(folder: Path, config: Config, network_class: type[ModelMixin], dtyp
     """
     # The random state is restored after initialization.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False), _default(dtype):
-        empty = _built(folder, config, network_class)
+        empty = built(config, network_class, folder / "config.json")
     empty.register_to_config(_name_or_path="")  # so that the config of a student does not contain local paths
     return empty
 
@@ -103,7 +103,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 def without_weights(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
     """The network of a config on the meta device: its weights have shapes, and take no memory."""
     with torch.device("meta"):
-        return _built(folder, config, network_class)
+        return built(config, network_class, folder / "config.json")
 
 
 def shapes(folder: Path, config: Config, network_class: type[ModelMixin]) -> dict[str, tuple[int, ...]]:
@@ -112,15 +112,21 @@ def shapes(folder: Path, config: Config, network_class: type[ModelMixin]) -> dic
     return {name: tuple(each.shape) for name, each in empty.state_dict().items()}
 
 
-def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
+def built(config: Config, network_class: type[ModelMixin], place: Path) -> ModelMixin:
+    """A network with random weights. place: of the config, for the InputError if no network can be built from it."""
     if network_class.__module__.startswith("diffusers."):
-        checked(NetworkLimits, config, folder / "config.json")
+        checked(NetworkLimits, config, place)
     known = inspect.signature(network_class.__init__).parameters
     own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
     try:
         return network_class.from_config(own)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"no network can be built from {folder / 'config.json'}: {short(str(error), 200)}") from error
+        raise InputError(f"no network can be built from {place}: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """What an exception of a network says, for a message."""
+    return short(str(error), 200) or type(error).__name__
 
 
 def stored(files: Sequence[Path]) -> list[Stored]:

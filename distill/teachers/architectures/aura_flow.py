@@ -29,6 +29,8 @@ class AuraFlow(Convention):
     prediction = "velocity"
     guidance_scale = 3.5
     image_output = 1
+    size_options = ("num_mmdit_layers", "num_single_dit_layers", "num_attention_heads", "attention_head_dim")
+    width_options = ("caption_projection_dim",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

@@ -33,6 +33,13 @@ class Chroma(Convention):
     prediction = "velocity"
     guidance_scale = 5.0
     image_output = 1
+    size_options = (
+        "num_layers",
+        "num_single_layers",
+        "num_attention_heads",
+        "approximator_layers",
+        "approximator_hidden_dim",
+    )
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         channels = checked(_Config, config, path).channels

@@ -83,6 +83,12 @@ class EdmArchitecture:
     prediction: str = "epsilon (the raw network)"
     conditions: str = "class labels, or none"
     guidance: str = "second call, if there is a null class"
+    size_options: tuple[str, ...] = (
+        "channel_multipliers",
+        "embedding_multiplier",
+        "layers_per_block",
+        "attention_sizes",
+    )  # as in Convention; not base_channels, on which frequencies depend that are stored with the weights
 
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(EdmConfig, content, path)

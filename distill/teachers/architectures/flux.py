@@ -35,6 +35,7 @@ class Flux(Convention):
     guidance_scale = 1.0  # no second call; with a negative prompt there may be one ("true CFG")
     embedded_guidance = 3.5
     image_output = 1
+    size_options = ("num_layers", "num_single_layers", "num_attention_heads")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         channels = checked(_Config, config, path).channels

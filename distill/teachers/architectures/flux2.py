@@ -35,6 +35,7 @@ class Flux2(Convention):
     embedded_guidance = 4.0
     image_output = 1
     default_factors = (1, 16)
+    size_options = ("num_layers", "num_single_layers", "num_attention_heads", "mlp_ratio")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         return (checked(_Config, config, path).channels, *size_of(latent, (64, 64), path))

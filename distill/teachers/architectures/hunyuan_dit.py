@@ -36,6 +36,8 @@ class HunyuanDiT(Convention):
     pipelines = ("HunyuanDiTPipeline",)
     prediction = "v_prediction"
     guidance_scale = 5.0
+    size_options = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio")
+    width_options = ("hidden_size",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

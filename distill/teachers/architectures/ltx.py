@@ -39,6 +39,7 @@ class Ltx(Convention):
     prediction = "velocity"
     guidance_scale = 3.0
     default_factors = (8, 32)
+    width_options = ("cross_attention_dim",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from pydantic import Field
 from torch import Tensor, nn
 
+from distill.core.errors import InputError
 from distill.flow.guidance import TINY, cfg
 from distill.protocols import Cond
 from distill.teachers.convention import CondField, Convention, Output, Weights, size_of
@@ -52,6 +53,7 @@ class Lumina2(Convention):
     prediction = "velocity"
     combine = staticmethod(per_row)
     guidance_scale = 4.0
+    size_options = ("num_layers", "num_refiner_layers", "num_attention_heads", "num_kv_heads")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
@@ -75,6 +77,14 @@ class Lumina2(Convention):
 
     def critic_width(self, config: Config) -> int:
         return _Config.model_validate(config).hidden_size
+
+    def resized(self, config: Config, changes: Config) -> Config:
+        """The width of a head is that of its positions."""
+        found = super().resized(config, changes)
+        heads, shared = found["num_attention_heads"], found["num_kv_heads"]
+        if heads % shared:
+            raise InputError(f"num_attention_heads={heads} must be a multiple of num_kv_heads={shared}; change either")
+        return {**found, "hidden_size": heads * sum(found["axes_dim_rope"])}
 
     def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
         """The channels are the last dimension of a patch."""

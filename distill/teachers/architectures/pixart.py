@@ -36,6 +36,7 @@ class PixArt(Convention):
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     prediction = "epsilon"
     guidance_scale = 4.5
+    width_options = ("cross_attention_dim",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

@@ -51,6 +51,7 @@ class QwenImage(Convention):
     combine = staticmethod(per_token)
     guidance_scale = 4.0  # true_cfg_scale of the pipeline, whose guidance_scale has no effect
     image_output = 1
+    size_options = ("num_layers", "num_attention_heads")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

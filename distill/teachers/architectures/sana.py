@@ -34,6 +34,15 @@ class Sana(Convention):
     prediction = "velocity"
     guidance_scale = 4.5
     default_factors = (1, 32)
+    size_options = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_cross_attention_heads",
+        "cross_attention_head_dim",
+        "mlp_ratio",
+    )
+    width_options = ("cross_attention_dim",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

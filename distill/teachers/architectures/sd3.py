@@ -6,6 +6,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from distill.networks.smaller import spaced
 from distill.protocols import Cond
 from distill.teachers.convention import CondField, Convention, size_of
 from distill.teachers.read import Config, Read, Size, checked
@@ -34,6 +35,8 @@ class StableDiffusion3(Convention):
     prediction = "velocity"
     guidance_scale = 7.0
     image_output = 1
+    size_options = ("num_layers", "num_attention_heads", "attention_head_dim", "dual_attention_layers")
+    width_options = ("caption_projection_dim",)
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
@@ -46,6 +49,15 @@ class StableDiffusion3(Convention):
             "encoder_hidden_states": CondField((None, own.joint_attention_dim)),
             "pooled_projections": CondField((own.pooled_projection_dim,)),
         }
+
+    def resized(self, config: Config, changes: Config) -> Config:
+        """A block has a second attention if the block has it that it starts from."""
+        found = super().resized(config, changes)
+        if not config.get("dual_attention_layers") or "dual_attention_layers" in changes:
+            return found
+        origins = spaced(found["num_layers"], config["num_layers"])
+        second = tuple(i for i, origin in enumerate(origins) if origin in config["dual_attention_layers"])
+        return {**found, "dual_attention_layers": second}
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output: Tensor = network(

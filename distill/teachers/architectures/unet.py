@@ -33,6 +33,15 @@ class UNet:
     prediction: str = "epsilon, sample, v_prediction, velocity"
     conditions: str = "class labels, or none"
     guidance: str = "second call, if there is a null class"
+    size_options: tuple[str, ...] = (
+        "block_out_channels",
+        "layers_per_block",
+        "down_block_types",
+        "mid_block_type",
+        "up_block_types",
+        "attention_head_dim",
+        "norm_num_groups",
+    )  # as in Convention
 
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(NetworkConfig, content, path)

@@ -70,6 +70,17 @@ class UNetCondition(Convention):
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prediction = "epsilon or v_prediction"
     guidance_scale = 7.5
+    size_options = (
+        "block_out_channels",
+        "layers_per_block",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+        "down_block_types",
+        "mid_block_type",
+        "up_block_types",
+        "attention_head_dim",
+        "norm_num_groups",
+    )
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = _supported(config, path)

@@ -42,6 +42,7 @@ class Wan(Convention):
     prediction = "velocity"
     guidance_scale = 5.0
     default_factors = (4, 8)
+    size_options = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)

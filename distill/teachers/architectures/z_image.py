@@ -37,6 +37,7 @@ class ZImage(Convention):
     pipelines = ("ZImagePipeline",)
     prediction = "velocity"
     guidance_scale = 6.0  # the pipeline's is 5: it computes c + scale (c - u)
+    size_options = ("n_layers", "n_refiner_layers", "n_heads")
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
@@ -72,6 +73,12 @@ class ZImage(Convention):
 
     def critic_width(self, config: Config) -> int:
         return _Config.model_validate(config).dim
+
+    def resized(self, config: Config, changes: Config) -> Config:
+        """The width of a head is that of its positions. The network does not use n_kv_heads."""
+        found = super().resized(config, changes)
+        heads = found["n_heads"]
+        return {**found, "dim": heads * sum(found["axes_dims"]), "n_kv_heads": heads}
 
     def with_velocity(self, config: Config) -> Config:
         """This class has as many channels out as in. So x_t and the velocity are two frames, in one patch."""
