@@ -75,6 +75,11 @@ def lora(**fields):
             "them",
         ),
         (
+            {"earlier": {"first": {**STAGE, "recipe": "shortcut/shortcut"}}, "init": "first", **SMALLER},
+            ".student: no smaller student can be made of the student of init 'first', because it is a flow map; start "
+            "from a velocity student, or from the teacher",
+        ),
+        (
             {"teacher": EXACT, **SMALLER},
             ".student: the teacher is known in closed form and has no network class; use network",
         ),

@@ -15,21 +15,25 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight
+from distill.networks.edm_unet import SongUNet2DModel
 from distill.networks.smaller import inheritance, smaller, spaced
+from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.spec.model import CheckpointTeacher
 from distill.students import smaller as students
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
-from distill.teachers import load_teacher
+from distill.teachers import LoadedTeacher, load_teacher
+from distill.teachers.network_field import EdmField
 
 X, T = normal(3, 4, 8, 8), torch.tensor([0.2, 0.6, 1.0])
 
 
 def of(teacher, seed=0, **changes):
     """The velocity student of this size."""
-    return StudentInit(teacher, None, teacher.shape, teacher.num_classes, seed, teacher, None, changes).velocity_field()
+    given = (teacher, None, teacher.shape, teacher.num_classes, seed, teacher)
+    return StudentInit(*given, changes=changes).velocity_field()
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +174,31 @@ def test_pixels(tmp_path):
     assert found.shape == (3, 1, 8, 8)
 
 
+def test_networks_of_edm():
+    """The first and the last of three blocks on the way up; the frequencies that are stored are the teacher's."""
+    large = seeded(
+        lambda: SongUNet2DModel(
+            sample_size=16, base_channels=8, channel_multipliers=(1, 2), layers_per_block=2, attention_sizes=(8,),
+            num_classes=3, time_embedding_type="fourier", encoder_type="residual", filter_taps=(1, 3, 3, 1),
+        )
+    )  # fmt: skip
+    large.frequencies.copy_(normal(4))
+    field = EdmField(large, 0.5, 1, (0.002 / 1.002, 80 / 81))
+    given = teacher_on_linear_path(LoadedTeacher(field, (3, 16, 16), 3, None, "", "a teacher", large))
+    found = students.describe(given, {"layers_per_block": 1})
+    assert found.blocks == {
+        f"network.{way}_blocks.{i}.blocks": [0, 2] if way == "up" else [0] for way in ("down", "up") for i in (0, 1)
+    }
+    student = of(given, layers_per_block=1)
+    assert type(student.network) is VelocityEdmUNet2DModel
+    own = student.network.network
+    assert torch.equal(own.frequencies, large.frequencies)
+    assert torch.equal(own.up_blocks[1].blocks[1].conv_in.weight, large.up_blocks[1].blocks[2].conv_in.weight)
+    assert student(normal(3, 3, 16, 16), T, {"class_labels": torch.tensor([0, 1, 2])}).shape == (3, 3, 16, 16)
+    with pytest.raises(InputError, match="student.config.base_channels: must be as in the teacher"):
+        students.check(given, {"base_channels": 4})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -220,7 +249,7 @@ def test_a_flow_map_is_no_origin(teacher):
 def test_it_is_described(teacher):
     found = students.describe(teacher, {"num_layers": 2})
     assert found.words == (
-        "19,952 parameters (teacher: 47,840), 19,952 of them with its weights; transformer_blocks: of 0, 4"
+        "19,952 parameters (teacher: 47,840), 19,952 of them with its weights; transformer_blocks from its 0, 4"
     )
 
 
@@ -249,7 +278,7 @@ def test_every_class_is_trained_and_read_again(tmp_path, name, changes):
     """Students of each kind, with gradients in all weights, and bit for bit the same from their folder."""
     place = CheckpointTeacher(**tiny.TINY[name].write(tmp_path))
     given = teacher_on_linear_path(load_teacher(place, CPU))
-    init = StudentInit(given, None, given.shape, given.num_classes, 0, given, None, changes)
+    init = StudentInit(given, None, given.shape, given.num_classes, 0, given, changes=changes)
     x, cond, s = normal(3, *given.shape), conditions(given, 3), T / 2
     kinds = {"velocity": (init.velocity_field, "euler", ()), "flow_map": (init.flow_map, "jump", (s,))}
     kinds["acceleration"] = (init.acceleration, "accelerated", (normal(*x.shape, seed=9),))

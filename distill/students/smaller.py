@@ -73,8 +73,8 @@ class SmallerStudent:
 
     @property
     def words(self) -> str:
-        """In one line, such as "100 parameters (teacher: 200), 80 of them with its weights; blocks: of 0, 5, 9"."""
-        lists = [f"{name}: of {', '.join(_origin(each) for each in origins)}" for name, origins in self.blocks.items()]
+        """On one line, like "100 parameters (teacher: 200), 80 of them with its weights; blocks from its 0, 5, 9"."""
+        lists = [f"{name} from its {', '.join(map(_origin, origins))}" for name, origins in self.blocks.items()]
         more = [f"and {len(lists) - SHOWN} further lists"] if len(lists) > SHOWN else []
         counts = f"{self.student:,} parameters (teacher: {self.teacher:,}), {self.copied:,} of them with its weights"
         return "; ".join([counts, *lists[:SHOWN], *more])
@@ -244,4 +244,4 @@ def _plain(value: object) -> object:
 
 
 def _origin(block: int | None) -> str:
-    return "no block" if block is None else str(block)
+    return "none (new)" if block is None else str(block)
