@@ -1,4 +1,4 @@
-"""LoRAs merged into weights and taken out again, and extracted from the change of a student."""
+"""LoRAs merged into weights and taken out again, and extracted from the change of a student; weights in int8."""
 
 import copy
 
@@ -11,6 +11,7 @@ from distill.core.errors import InputError
 from distill.students.extract import decompose
 from distill.students.lora_weights import LoraLayer, LoraWeights
 from distill.students.merging import merge, unmerge
+from distill.students.quantised import Int8Linear, called_layers, quantise
 
 
 def network() -> nn.Module:
@@ -160,6 +161,30 @@ def test_what_cannot_be_extracted_is_refused():
     for rank in (0, 13):
         with pytest.raises(InputError, match=f"--rank {rank}: valid are 1 to 12, the smaller side of the largest"):
             decompose(base, student, [2, rank], CPU)
+    student["new"] = nn.Linear(3, 3)
+    with pytest.raises(InputError, match=r"of different sizes: new\.weight differs"):
+        decompose(base, student, [1], CPU)
+    nn.init.zeros_(student["new"].weight), nn.init.zeros_(student["new"].bias)  # without effect
+    student["tall"].weight += 1
+    assert decompose(base, student, [1], CPU).layers.keys() == {"tall"}
     student["wide"] = nn.Linear(25, 10)
     with pytest.raises(InputError, match=r"of different sizes: wide\.weight differs; give the ModuleDict that"):
         decompose(base, student, [1], CPU)
+
+
+def test_rounded_weights_are_those_of_their_channel():
+    layer = torch.nn.Linear(3, 2).bfloat16()
+    layer.weight.data = torch.tensor([[127.5, 3.0, -2.0], [-25.5, 0.05, 0.25]]).bfloat16()
+    layer.bias.data = torch.tensor([1.0, -1.0]).bfloat16()
+    network = torch.nn.ModuleDict({"one": layer, "other": torch.nn.Linear(3, 2)})
+    with called_layers(network) as layers:
+        network["one"](torch.ones(1, 3).bfloat16())
+    assert layers == {"one": layer}
+    quantise(network, layers)
+    found = network["one"]
+    assert isinstance(found, Int8Linear) and isinstance(network["other"], torch.nn.Linear)
+    assert found.weight.tolist() == [[127, 3, -2], [-127, 0, 1]]
+    assert found.scale.tolist() == [1.0, pytest.approx(0.2, rel=2**-8)]
+    x = torch.tensor([[1.0, 2.0, 3.0]]).bfloat16()
+    expected = x.double() @ (found.weight.double() * found.scale.double()[:, None]).T + layer.bias.double()
+    assert (found(x).double() - expected).abs().max() <= 2**-8 * expected.abs().max()

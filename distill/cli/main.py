@@ -22,6 +22,7 @@ from distill.cli import (
     follow,
     inspect,
     jobs,
+    lora,
     pairs,
     reflow,
     runs,
@@ -98,6 +99,10 @@ app.command(rich_help_panel=STUDENTS)(students.publish)
 app.command(rich_help_panel=STUDENTS)(students.students)
 app.command(rich_help_panel=STUDENTS)(students.pull)
 app.command(rich_help_panel=STUDENTS)(students.verify)
+app.command(rich_help_panel=STUDENTS)(lora.merge)
+app.command(rich_help_panel=STUDENTS)(lora.unmerge)
+app.command(rich_help_panel=STUDENTS)(lora.extract)
+app.command("lora-check", rich_help_panel=STUDENTS)(lora.lora_check)
 app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)

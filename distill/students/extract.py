@@ -91,18 +91,14 @@ def decompose(
     """
     before, after = dict(base.named_parameters()), dict(student.named_parameters())
     _refuse_other(before, after, type(base).__name__)
+    refuse_ranks(student, ranks)
     weights = {f"{name}.weight": name for name in adaptable(student)}
-    most = max((min(_sides(after[each])) for each in weights), default=0)
-    for rank in ranks:
-        if not 1 <= rank <= most:
-            raise InputError(
-                f"--rank {rank}: valid are 1 to {most}, the smaller side of the largest layer; a LoRA of rank {most} "
-                "already keeps everything"
-            )
     layers, others, precision = {}, {}, torch.float64 if device.type == "cpu" else torch.float32
     for done, (name, weight) in enumerate(after.items()):
         tell(done)
-        change = weight.to(device, precision) - before[name].to(device, precision)
+        change = weight.to(device, precision)
+        if name in before:
+            change = change - before[name].to(device, precision)
         if not change.isfinite().all():
             raise InputError(f"the weights {short(name)} are not finite; give another student or teacher")
         if not change.any():
@@ -111,10 +107,22 @@ def decompose(
             layers[weights[name]] = _decomposed(change, max(ranks))
         else:
             others[name] = change.double().square().sum().item()
+    tell(len(after))
     if not layers:
         changed = "only parameters that a LoRA cannot hold have changed" if others else "nothing has changed"
         raise InputError(f"the student has the weights of its teacher in all layers ({changed}); train it first")
     return DecomposedChange(layers, others)
+
+
+def refuse_ranks(network: nn.Module, ranks: Sequence[int]) -> None:
+    """InputError if a rank is below 1 or above the smaller side of all layers."""
+    most = max((min(len(each), each[0].numel()) for each in adaptable(network).values()), default=0)
+    for rank in ranks:
+        if not 1 <= rank <= most:
+            raise InputError(
+                f"--rank {rank}: valid are 1 to {most}, the smaller side of the largest layer; a LoRA of rank {most} "
+                "already keeps everything"
+            )
 
 
 def _decomposed(change: Tensor, rank: int) -> DecomposedLayer:
@@ -125,14 +133,10 @@ def _decomposed(change: Tensor, rank: int) -> DecomposedLayer:
     return DecomposedLayer(left, values, right, energy)
 
 
-def _sides(weight: Tensor) -> tuple[int, int]:
-    """The sides of a weight [out, in, ...] as a matrix."""
-    return len(weight), weight[0].numel()
-
-
 def _refuse_other(before: Mapping[str, Tensor], after: Mapping[str, Tensor], kind: str) -> None:
-    """InputError unless both networks have the same parameters."""
-    differs = [name for name in after if name not in before or before[name].shape != after[name].shape]
+    """InputError unless both networks have the same parameters. Others of the student may be zero, without effect."""
+    differs = [name for name in after if name in before and before[name].shape != after[name].shape]
+    differs += [name for name in after if name not in before and after[name].any()]
     differs += [name for name in before if name not in after]
     if differs:
         raise InputError(

@@ -110,13 +110,28 @@ def base_of(like: TeacherSpec | None, card: StudentCard, folder: Path, device: t
             f"({card.teacher or 'not named in its card'}) with --teacher"
         )
     found = teachers.load_teacher(like, device, probe=False)
-    if found.base_digest != card.base_digest:
+    refuse_other_base(found, like, card, folder)
+    return found
+
+
+def refuse_other_base(base: LoadedTeacher, like: CheckpointTeacher, card: StudentCard, folder: Path) -> None:
+    """InputError if a LoRA student does not belong to a teacher. like: the spec of this teacher."""
+    if base.base_digest != card.base_digest:
         raise InputError(
             f"{folder} holds the adapters of another network than that of {like.where}: it was trained on "
             f"{card.teacher or 'a teacher'} with the weights {card.base_digest[:12]}, and these are "
-            f"{found.base_digest[:12]}; give that teacher"
+            f"{base.base_digest[:12]}; give that teacher"
         )
-    return found
+
+
+def card_of(folder: Path) -> StudentCard:
+    """The card of a LoRA student. InputError if the student in this folder is another one."""
+    card = student_card.read(folder)
+    if "student" not in card.lora:
+        raise InputError(
+            f"{folder} is not a LoRA student: its folder has all weights; to make a LoRA of it: distill extract"
+        )
+    return card
 
 
 def load(

@@ -88,7 +88,7 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
         student = native.flow_map(network, call, 0)
         load_second_time(student.network.gap, folder / SECOND_TIME)
         return student
-    parts = [_network(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
+    parts = [network_in(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
     return native.acceleration(TwoNetworks(network, grown), call)
 
@@ -120,7 +120,7 @@ def networks(network: nn.Module) -> Iterator[tuple[str, ModelMixin]]:
             yield ACCELERATION, network.acceleration
 
 
-def _network(folder: Path) -> ModelMixin:
+def network_in(folder: Path) -> ModelMixin:
     """The network in a folder of a student. InputError if it is damaged."""
     config = parse(folder / layout.CONFIG)
     network_class = native.by_name(str(config.get("_class_name")))
