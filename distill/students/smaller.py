@@ -167,19 +167,15 @@ def _check_values(changes: Mapping[str, object]) -> None:
         if value is None and name not in NULLABLE:
             raise InputError(f"{FIELD}.{name}: null given; leave it out, to keep the value of the teacher")
         model = NetworkLimits if name in NetworkLimits.model_fields else _OtherSizes
-        assert name in model.model_fields, name
-        checked(model, {name: value}, Path(FIELD))
+        checked(model, {name: value}, Path(FIELD))  # ignores options of classes of other packages
 
 
 @torch.no_grad()
 def _check_fit(empty: ModelMixin, source: Original) -> None:
-    """InputError if the network is too large for this machine, or cannot be called with a sample as the source can.
+    """InputError if the network cannot be called with a sample as the source can.
 
     empty: on the meta device. What depends on values, such as the lengths of prompts, cannot be called there.
     """
-    size, here = 4 * _count(empty), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > here:
-        raise InputError(f"{FIELD}: the weights take about {human(size)}, and this machine has {human(here)}")
     architecture = known()[type(empty).__name__]
     if not architecture.layers(empty):
         raise InputError(f"{FIELD}: the network would have no blocks; give at least one")
@@ -204,6 +200,9 @@ def _check_fit(empty: ModelMixin, source: Original) -> None:
 
 def _smaller(network: nn.Module, changes: Mapping[str, object], seed: int, name: str) -> ModelMixin:
     assert isinstance(network, ModelMixin)
+    size, here = 4 * _count(_empty(network, changes)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > here and network.device.type != "meta":
+        raise InputError(f"{FIELD}: the weights take about {human(size)}, and this machine has {human(here)}")
     made = smaller.smaller(network, _config(network, changes), seed, name)
     if isinstance(architecture := known()[type(made).__name__], Convention):
         architecture.settled(made)
