@@ -1,6 +1,7 @@
 """`distill sample` with prompts: they are encoded on the spot, as `distill encode` does it."""
 
 import gc
+import json
 import weakref
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from students import card, make
 from texts import clip
 
 from distill.evaluation import sample
+from distill.spec.model import CheckpointTeacher, GaussianTeacher
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import encoding
+from distill.teachers.of_students import in_size_of
 
 PROMPTS = ["a cat", "two dogs on a hill", "a red house"]
 
@@ -95,6 +98,36 @@ def test_the_text_encoders_are_gone_before_the_network_is_loaded(capfd, place, h
     assert draw(capfd, place, "--prompt", "a cat").code == 0
     assert alive == [[None, None]]
     gc.collect()
+
+
+@pytest.mark.long
+def test_an_evaluation_encodes_prompts_too(capfd, place, here):
+    rows = ["--samples", "16", "--steps", "1", "--teacher-steps", "1", "--baselines", "none", "--data", "none"]
+    given = ["eval", str(place / "student"), *rows, "--teacher", str(place / "teacher"), "--device", "cpu"]
+    done = command(capfd, *given, "--prompts", str(place / "prompts.txt"), "--out", "a", "--json")
+    assert done.code == 0, done.err
+    kept = f"{{path: {place / 'teacher'}, size: [16, 24], conditions: {place / 'conditions.safetensors'}}}"
+    again = command(capfd, *given[:-3], kept, "--device", "cpu", "--out", "b", "--json")
+    found, expected = (json.loads(each.out) for each in (done, again))
+    assert found["captions"] == PROMPTS and expected["captions"] == [] and found["latents"]
+    assert [row["rms"] for row in found["rows"]] == pytest.approx([row["rms"] for row in expected["rows"]], rel=1e-4)
+    done = command(capfd, *given, "--out", "c")
+    assert done.err.endswith("error: student takes prompts; give some with --prompt or --prompts, or with --teacher "
+        "'{path: TEACHER, conditions: FILE}' a FILE that `distill encode` has made\n")  # fmt: skip
+
+
+def test_a_teacher_without_size_has_that_of_the_student(capfd, place, here):
+    teacher = CheckpointTeacher(path=str(place / "teacher"))
+    assert in_size_of((4, 8, 12), teacher) == teacher.model_copy(update={"size": [16, 24]})
+    assert in_size_of((4, 8, 8), teacher) is teacher, "its own size"
+    other = teacher.model_copy(update={"size": [8, 8]})
+    assert in_size_of((4, 8, 12), other) is other
+    closed = GaussianTeacher(kind="gaussian", mean=[0.0], std=[1.0])
+    assert in_size_of((1,), closed) is closed and in_size_of((1,), None) is None
+    assert draw(capfd, place, "--prompt", "a cat", teacher="{{path: {}}}").code == 0
+    assert load_file("s.safetensors")["samples"].shape == (1, 4, 8, 12)
+    done = draw(capfd, place, teacher="{{path: {}}}")
+    assert done.err.startswith("error: student takes prompts; give some with --prompt or --prompts, or with --teacher")
 
 
 def test_what_cannot_be_drawn_is_refused(capfd, place, here):

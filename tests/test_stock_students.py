@@ -312,11 +312,17 @@ def test_a_student_goes_from_a_folder_to_stock_diffusers(capfd, tmp_path, monkey
     ("files", "facts", "said"),
     [
         (WHOLE, {}, 'use it: DiffusionPipeline.from_pretrained("got")'),
+        (
+            {WEIGHTS: None, "transformer/config.json": None, "model_index.json": None, ADAPTERS: lora(r=1)},
+            {"lora": {"student": {"rank": 1, "alpha": 1.0, "targets": ["to_q"]}}, "teacher": "my-sd3"},
+            'use it: pipeline.load_lora_weights("got"), where pipeline is that of my-sd3; got/README.md says how to '
+            "sample it",
+        ),
         ({}, {"num_classes": 5, "teacher": ""}, "use it: distill sample got --teacher TEACHER --classes 0 --out "
          "samples.png (TEACHER: the pipeline of its teacher; got/README.md has the code for diffusers)"),
     ],
 )  # fmt: skip
 def test_pull_says_how_to_use_a_student(capfd, tmp_path, monkeypatch, files, facts, said):
     monkeypatch.chdir(tmp_path)
-    make(tmp_path / "student", PARTS if files else None, files, **facts)
+    make(tmp_path / "student", PARTS if files is WHOLE else None, files, **facts)
     assert command(capfd, "pull", "student", "got").out.splitlines()[1] == said

@@ -134,12 +134,12 @@ def _part(content: dict[str, object]) -> RunSpec:
     return spec
 
 
-def teacher_of(student: Path) -> TeacherSpec:
-    """The teacher in the spec of the student's run."""
+def teacher_of(student: Path, *, prompted: bool = False) -> TeacherSpec:
+    """The teacher in the spec of the student's run. prompted: without the conditions in the run's cache."""
     from distill.teachers.of_students import stage_teacher
 
     given, run = _spec_of(student, "--teacher")
-    spec = cached.with_conditions(given, RunPaths(run))
+    spec = given if prompted else cached.with_conditions(given, RunPaths(run))
     stage = spec.stages.get(student.name)
     found = stage_teacher(spec, stage, run / "students") if isinstance(stage, TrainStage) else spec.teacher
     if found is None:
@@ -156,7 +156,7 @@ def teacher_of_run(student: Path) -> TeacherSpec | None:
 
 
 def prompted_teacher(
-    given: str | None, card: StudentCard, student: Path, store: Path, classes: str
+    given: str | None, card: StudentCard, student: Path, store: Path, classes: str = ""
 ) -> CheckpointTeacher:
     """The teacher whose text encoders encode prompts for a student: that of --teacher, or of the student's run.
 

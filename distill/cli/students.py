@@ -29,6 +29,7 @@ from distill.core.errors import InputError
 from distill.core.printing import say, say_error
 from distill.core.space import human
 from distill.exchange import student_card
+from distill.exchange.stock_students import ADAPTER_CONFIG, LORA_FILES
 from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
@@ -280,10 +281,16 @@ def _use(card: student_card.StudentCard, here: str) -> str:
         return f'DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)'
     if any(name.startswith("vae/") for name in card.files):
         return f'DiffusionPipeline.from_pretrained("{here}")'
+    name = one_line(card.teacher) or "its teacher"
+    if "student" in card.lora and LORA_FILES[0] in card.files and ADAPTER_CONFIG not in card.files:
+        return (
+            f'pipeline.load_lora_weights("{here}"), where pipeline is that of {name}; {here}/README.md says how to '
+            "sample it"
+        )
     given = "--prompt TEXT" if card.num_classes is None else "--classes 0"
     return (
         f"distill sample {shlex.quote(here)} --teacher TEACHER {given} --out samples.png (TEACHER: the pipeline "
-        f"of {one_line(card.teacher) or 'its teacher'}; {here}/README.md has the code for diffusers)"
+        f"of {name}; {here}/README.md has the code for diffusers)"
     )
 
 

@@ -19,6 +19,7 @@ from distill.runs.run_store import find_run
 from distill.spec.kinds import FITTED
 from distill.spec.model import TeacherSpec
 
+LATENTS = {"samples": 256, "block": 8}  # of an evaluation of large networks, as in specs that `distill init` writes
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -118,23 +119,29 @@ def evaluate(
         ),
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Also measure at these step times, like 1,0.6,0.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples per row of the table.")] = 2500,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Samples per row of the table; by default 2500, or 256 of latents.")
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure a student and its teacher, from the same noise."""
+    """Measure a student and its teacher, from the same noise, for classes or prompts in turn."""
     from distill.cli import arguments
 
-    runs = store_path(store)
+    runs, texts = store_path(store), prompt_options.given(prompt, prompts)
     folder = arguments.student(student, runs)
     from distill.spec.model import EvaluateStage
 
     card = student_card.read(folder)
     counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-    content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples, "baselines": named}
+    size = LATENTS if card.is_native else {"samples": 2500}
+    size |= {} if samples is None else {"samples": samples}
+    content = {"kind": "evaluate", "students": {"student": counts}, "baselines": named, **size}
     refuse_schedule(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else arguments.times("--times", times)]
@@ -143,24 +150,32 @@ def evaluate(
     stage = arguments.stage(
         EvaluateStage, content | {"teacher_steps": arguments.steps("--teacher-steps", teacher_steps)}
     )
-    teacher_spec = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder)
+    encoders = arguments.prompted_teacher(teacher, card, folder, runs) if texts else None
+    given = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder, prompted=bool(texts))
     data_spec = arguments.data(data) if data else arguments.data_of(folder)
     check_out(out)
     with importing():
         from distill import teachers
         from distill.core.stop import StopRequest
         from distill.data import load_data
-        from distill.evaluation import measuring
+        from distill.evaluation import measuring, sample
         from distill.runs import results
         from distill.runs.progress import Progress
         from distill.spec import evalspec
         from distill.students.loaded import load_student
+        from distill.teachers.of_students import in_size_of
 
     place = arguments.device(device)
     total = evalspec.num_samples(stage, {"student": card.sampler})
-    with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
+    with (
+        sample.with_prompts(in_size_of(card.shape, given), texts, encoders, place) as teacher_spec,
+        StopRequest() as stop,
+        Progress("evaluate", total, "samples", None) as progress,
+    ):
+        assert teacher_spec is not None
+        sample.refuse_without_prompts(folder, teacher_spec)
         loaded = teachers.load_teacher(teacher_spec, place)
-        students = {"student": load_student(folder, place, teacher_spec)}
+        students = {"student": load_student(folder, place, teacher_spec, loaded)}
         real = load_data(data_spec, seed)
         found = measuring.measure(
             out, "eval", stage, loaded, students, real,

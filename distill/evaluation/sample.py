@@ -13,6 +13,7 @@ from torch import Tensor
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
+from distill.exchange import student_card
 from distill.flow.draws import sample_labels, sample_noise
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import fitted, loaded
@@ -20,6 +21,9 @@ from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import fresh_noises, grid, of_student
 from distill.teachers import encoding
+from distill.teachers.architectures import known
+from distill.teachers.convention import Convention
+from distill.teachers.of_students import in_size_of
 
 BLOCK = 250  # samples that are made together, at most
 
@@ -52,7 +56,9 @@ def write_samples(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (tensors)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    with _of_prompts(prompts, like, device) as given:
+    like = in_size_of(student_card.read(folder).shape, like)
+    with with_prompts(like, prompts, like, device) as given:
+        refuse_without_prompts(folder, given)
         student = loaded.load_student(folder, device, given)
     times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
@@ -84,16 +90,33 @@ def write_samples(
 
 
 @contextmanager
-def _of_prompts(prompts: Sequence[str], like: TeacherSpec | None, device: torch.device) -> Iterator[TeacherSpec | None]:
-    """The teacher with the conditions of the prompts, in a temporary file; `like` if there are none."""
+def with_prompts(
+    teacher: TeacherSpec | None, prompts: Sequence[str], like: TeacherSpec | None, device: torch.device
+) -> Iterator[TeacherSpec | None]:
+    """The teacher with the conditions of the prompts, in a temporary file; without prompts, the teacher as it is.
+
+    like: the teacher whose text encoders encode them.
+    """
     if not prompts:
-        yield like
+        yield teacher
         return
-    assert isinstance(like, CheckpointTeacher), "its text encoders are needed"
+    assert isinstance(like, CheckpointTeacher) and isinstance(teacher, CheckpointTeacher), "text encoders are needed"
     with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
         path = Path(temporary) / "prompts.safetensors"
         encoding.write(like, prompts, path, device)
-        yield like.model_copy(update={"conditions": str(path)})
+        yield teacher.model_copy(update={"conditions": str(path)})
+
+
+def refuse_without_prompts(folder: Path, teacher: TeacherSpec | None) -> None:
+    """InputError if a student takes prompts, but its teacher has neither prompts nor other conditions."""
+    card = student_card.read(folder)
+    convention = known().get(card.network) if card.is_native else None
+    has_rows = isinstance(teacher, CheckpointTeacher) and teacher.conditions is not None
+    if isinstance(convention, Convention) and convention.conditions == "text" and not has_rows:
+        raise InputError(
+            f"{folder.name} takes prompts; give some with --prompt or --prompts, or with --teacher '{{path: TEACHER, "
+            "conditions: FILE}' a FILE that `distill encode` has made"
+        )
 
 
 def _labels(student: LoadedStudent, count: int, labels: Sequence[int] | None) -> Tensor | None:

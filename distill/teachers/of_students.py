@@ -6,7 +6,9 @@ from distill.core.errors import InputError
 from distill.spec.model import CheckpointTeacher, NetworkStage, RunSpec, TeacherSpec, TrainStage
 from distill.teachers import files
 from distill.teachers.architectures import class_name, known
+from distill.teachers.codecs import LatentCodec, pixel_size
 from distill.teachers.convention import Convention
+from distill.teachers.describe import describe
 from distill.teachers.layout import CONFIG
 from distill.teachers.read import parse
 
@@ -38,6 +40,20 @@ def student_as_teacher(folder: Path, teacher: TeacherSpec | None) -> CheckpointT
     same = teacher.model_dump(include={"size", "conditions", "embedded_guidance", "vae"})
     student = CheckpointTeacher(path=str(folder), **same)
     return student if teacher.vae is not None else student.model_copy(update={"vae": _autoencoder(student, teacher)})
+
+
+def in_size_of(shape: tuple[int, ...], teacher: TeacherSpec | None) -> TeacherSpec | None:
+    """The teacher of a student that makes samples of this shape: in the size of these samples, unless it has a size.
+
+    InputError if the teacher is no checkpoint that can be used.
+    """
+    if not isinstance(teacher, CheckpointTeacher) or teacher.size is not None:
+        return teacher
+    facts = describe(teacher, files.find(teacher, download=False), "velocity")
+    if not isinstance(facts.architecture, Convention) or len(shape) != len(facts.shape) or shape == facts.shape:
+        return teacher
+    factors = facts.codec.factors if isinstance(facts.codec, LatentCodec) else facts.architecture.default_factors
+    return teacher.model_copy(update={"size": list(pixel_size(shape[1:], factors))})
 
 
 def _autoencoder(student: CheckpointTeacher, teacher: CheckpointTeacher) -> str | None:
