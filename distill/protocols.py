@@ -307,6 +307,12 @@ class Init(Protocol):
     A flow map that starts from a velocity network v returns v(x_t, t) for every s. An acceleration network that starts
     from it returns v(x_t, t) both as velocity and as acceleration, for every given velocity. A critic starts from the
     teacher if the teacher has weights.
+
+    A recipe that calls its flow map with s = 0 only should say so by `to_data`: then networks of latent-space pipelines
+    get no second time, and the pipelines can sample them. `t_grid` returns the steps + 1 times along which its student
+    is sampled, if it defines none itself: uniform ones, or those at which the pipeline's scheduler calls the network.
+    Where the first one is less than 1, x is the noise scaled by sqrt(t^2 + (1 - t)^2), and the jump to data from there
+    is the same as from the noise at t = 1.
     """
 
     @property
@@ -314,9 +320,10 @@ class Init(Protocol):
     @property
     def conditioning(self) -> Conditioning: ...
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
-    def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
+    def flow_map(self, to_data: bool = False) -> nn.Module: ...  # a module that is a FlowMap on the linear path
     def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt
     def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity [B, ...] and logit [B]
+    def t_grid(self, steps: int) -> Sequence[float]: ...
     def null(self, cond: Cond) -> Cond: ...  # the null condition
 
 
@@ -354,3 +361,10 @@ class Gridded(Protocol):
     """
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]: ...
+
+
+@runtime_checkable
+class ForSteps(Protocol):
+    """A recipe that trains its student for one number of steps, although it can be sampled in others."""
+
+    trained_steps: int

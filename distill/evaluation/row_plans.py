@@ -10,6 +10,7 @@ import torch
 
 from distill.core import printing
 from distill.core.errors import InputError
+from distill.flow.times import uniform_grid
 from distill.solvers import find_solver
 from distill.spec import evalspec
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
@@ -18,6 +19,7 @@ from distill.spec.model import EvaluateStage
 from distill.students import fitted, step_times
 from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
+from distill.students.sampling import times_of
 from distill.teachers import LoadedTeacher
 
 
@@ -31,7 +33,7 @@ class Plan:
     steps: int
     fine: bool = False
     along: str = ""  # which times, in words, as in `Row`; "": the usual ones
-    times: tuple[float, ...] | None = None  # of the steps, from 1 to 0; None: uniform
+    times: tuple[float, ...] | None = None  # of the steps, from noise to 0; None: uniform from 1
     fit: FittedSolver | None = field(default=None, repr=False)  # if its solver was fitted to the teacher
     tolerance: float | None = field(default=None, repr=False)  # of dopri5, whose `steps` are 0
 
@@ -83,12 +85,19 @@ def plans(
     rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
     rows += [*times.along(rows, teacher), *_by_solvers(stage, teacher, students, store), fine_plan(stage)]
     for name, steps in stage.students.items():
-        student, own = students[name], students[name].t_grids
-        usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
+        student = students[name]
+        usual = [Plan(name, "student", student.sampler, n, times=_times(student, n)) for n in steps]
         rows += [*usual, *times.along(usual, student)]
         if name in stage.fine_students:
             rows.append(replace(fine_plan(stage), network=name, role="student"))
     return rows
+
+
+def _times(student: LoadedStudent, steps: int) -> tuple[float, ...] | None:
+    """The usual times of a student; None: uniform ones from 1 to 0."""
+    found = times_of(student, steps)
+    is_uniform = not student.t_grids and torch.equal(found, uniform_grid(steps))
+    return None if is_uniform else tuple(found.tolist())
 
 
 def _by_solvers(

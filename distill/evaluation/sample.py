@@ -19,7 +19,7 @@ from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import fitted, loaded
 from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
-from distill.students.sampling import fresh_noises, grid, of_student
+from distill.students.sampling import fresh_noises, of_student, times_of
 from distill.teachers import encoding
 from distill.teachers.architectures import known
 from distill.teachers.convention import Convention
@@ -60,7 +60,7 @@ def write_samples(
     with with_prompts(like, prompts, like, device) as given:
         refuse_without_prompts(folder, given)
         student = loaded.load_student(folder, device, given)
-    times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
+    times = times_of(student, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
     noise = sample_noise(seed, range(count), student.shape)
     fresh = fresh_noises(seed, range(count), student.shape, method.fresh)

@@ -25,7 +25,8 @@ from distill.spec.kinds import BASELINE, SAMPLERS, STUDENTS, SamplerName, Studen
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"
-ADDED = {"fitted", "guidance", "lora", "base_digest"}  # fields that cards of earlier versions do not have
+# fields that cards of earlier versions do not have
+ADDED = {"fitted", "guidance", "lora", "base_digest", "trained_steps", "table_times", "stock"}
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -58,6 +59,17 @@ def refuse_rows(rows: list[list[float]], steps: int) -> None:
         raise ValueError(f"a fitted solver of {steps} steps has {steps} rows, of 2 to {steps + 1} weights")
     if not all(math.isfinite(weight) for row in rows for weight in row):
         raise ValueError("the weights of a fitted solver must be finite")
+
+
+class StockCall(FrozenModel):
+    """How the pipeline of its teacher's class in diffusers samples a student, with the scheduler of its folder."""
+
+    steps: Annotated[list[Length], Field(max_length=100)] | None = None
+    """numbers of steps for which it makes the samples that distill makes; null: any"""
+    arguments: Annotated[dict[Label, Number], Field(max_length=10)] = {}
+    """of its call, in addition to num_inference_steps"""
+    reason: Line = ""
+    """why it cannot sample the student; empty: it can"""
 
 
 class StudentCard(FrozenModel):
@@ -93,12 +105,18 @@ class StudentCard(FrozenModel):
     """a name in samplers/"""
     t_grids: Annotated[dict[StepsKey, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
+    table_times: StrictBool = False
+    """whether step i of N begins at n = T - 1 - floor(i T / N) of the T steps of its scheduler, if t_grids is empty"""
+    trained_steps: Length | None = None
+    """number of steps that it was trained for, if its recipe trains for one; others are possible"""
     fitted: Annotated[dict[StepsKey, Annotated[list[list[Number]], Field(max_length=64)]], Field(max_length=64)] = {}
     """of a fitted sampler: number of steps N -> its N rows of weights; row i: a_i, b_i0, ..., b_ii"""
     network: Annotated[str, Field(pattern="^[A-Za-z0-9_]{0,100}$")] = ""
     """network class of its teacher's pipeline in diffusers, if it has that class; empty: the folder has a pipeline"""
     component: Literal["", "transformer", "unet"] = ""
     """folder of that network"""
+    stock: StockCall | None = None
+    """null: the folder has a pipeline of its own"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""
@@ -153,7 +171,8 @@ class StudentCard(FrozenModel):
     @property
     def fewest_steps(self) -> int:
         """The smallest number of steps that the student is made for."""
-        return min(self.t_grids, default=1)
+        supported = self.stock.steps[0] if self.stock is not None and self.stock.steps else 1
+        return min(self.t_grids, default=self.trained_steps or supported)
 
 
 def record(folder: Path) -> dict[str, FileRecord]:

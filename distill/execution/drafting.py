@@ -17,6 +17,7 @@ from distill.core.errors import InputError
 from distill.core.space import human
 from distill.execution.inspecting import HALF, InspectedTeacher
 from distill.flow.conditioning import of_classes
+from distill.flow.times import uniform_grid
 from distill.protocols import Adapter, Cond, Conditioning, Copy, Frozen, Trained
 from distill.spec import checks, pairspec, registry, specfile
 from distill.spec.model import CheckpointTeacher, LaunchSpec, RunSpec, TrainStage
@@ -293,7 +294,7 @@ class _Sized(nn.Module):
     def velocity_field(self) -> nn.Module:
         return _Sized(self.num_classes)
 
-    def flow_map(self) -> nn.Module:
+    def flow_map(self, to_data: bool = False) -> nn.Module:
         return _Sized(self.num_classes)
 
     def acceleration(self) -> nn.Module:
@@ -301,6 +302,9 @@ class _Sized(nn.Module):
 
     def critic(self) -> nn.Module:
         return _Sized(self.num_classes)
+
+    def t_grid(self, steps: int) -> list[float]:
+        return uniform_grid(steps).tolist()
 
     def null(self, cond: Cond) -> Cond:
         return cond

@@ -23,7 +23,7 @@ from distill.execution.work import Work
 from distill.flow.fields import Counted
 from distill.networks.adapters import merged
 from distill.networks.sharing import load_own
-from distill.protocols import Adapter, Recipe, Source, Trained
+from distill.protocols import Adapter, ForSteps, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
@@ -93,6 +93,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         kind=asked.config.student,
         sampler=recipe.sampler,
         t_grids=t_grids,
+        trained_steps=recipe.trained_steps if isinstance(recipe, ForSteps) and init.is_native else None,
         shape=init.shape,
         num_classes=init.num_classes if init.has_classes else None,
         null_class=init.null_class,

@@ -17,7 +17,7 @@ from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
 from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
-from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
@@ -36,8 +36,8 @@ EDM: dict[type[nn.Module], str] = {SongUNet2DModel: "song", DhariwalUNet2DModel:
 
 def kind_of(network: nn.Module) -> str:
     """Returns the kind of student (a key of `NETWORKS`) that a network belongs to; "velocity" for other classes."""
-    if isinstance(network, TwoTimes | TwoNetworks):
-        return "flow_map" if isinstance(network, TwoTimes) else "acceleration"
+    if isinstance(network, TwoTimes | ToData | TwoNetworks):
+        return "acceleration" if isinstance(network, TwoNetworks) else "flow_map"
     return next((kind for kind, classes in NETWORKS.items() if type(network) in classes), "velocity")
 
 

@@ -1,6 +1,6 @@
-"""A network of any class that gets a second time, and one that gets a velocity: flow maps and accelerations.
+"""Networks of any class as flow maps, with a second time or without, and with an acceleration.
 
-Both start as the velocity network that they are made from.
+All start as the velocity network that they are made from.
 """
 
 import math
@@ -81,6 +81,18 @@ class TwoTimes(nn.Module):
         if isinstance(self.network, Experts):  # the module belongs to one of two networks, which has a part of the rows
             embedded = embedded[self.network.rows[self.network.now]]
         return output + embedded.to(output.dtype)
+
+
+class ToData(nn.Module):
+    """u(x_t, t, 0) from a network v(x_t, t), for flow maps that only jump to data: the network needs no second time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, call: NetworkCall, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...], t [B] in [0, 1] -> average velocity from t to 0, like x_t. s [B] is not used."""
+        return call(self.network, x_t, t, cond)
 
 
 class TwoNetworks(nn.Module):

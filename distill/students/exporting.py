@@ -22,9 +22,9 @@ from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_labels, sample_noise
 from distill.networks.sharing import copy_of, has_base, own_state
 from distill.networks.velocity import TIME_SCALE
-from distill.students import native, native_folder, shipped
+from distill.students import native, native_folder, shipped, stock
 from distill.students.loaded import KINDS, Student
-from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, weights
+from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, uses_table, weights
 from distill.teachers.loaded import Packaging
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,15 +55,19 @@ def export(
             raise RunError(f"export failed: {name} contains NaN or infinity; nothing was exported")
     try:
         with new_folder(folder, replace=True) as new:
+            if native.is_native(reference.network):
+                assert packaging is not None
+                how = stock.of(reference, card.sampler, card.t_grids, packaging, card.trained_steps)
+                card = card.model_copy(update={"table_times": not card.t_grids and uses_table(reference, card.sampler)})
             if has_base(reference.network):
                 assert packaging is not None
                 from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-                _write_card(new, lora_folder.write(reference.network, new, packaging, card))
+                _write_card(new, lora_folder.write(reference.network, new, packaging, card, how))
                 lora_folder.compare(reference.network, new)
             elif native.is_native(reference.network):
                 assert packaging is not None
-                _write_card(new, native_folder.write(reference.network, new, packaging, card))
+                _write_card(new, native_folder.write(reference.network, new, packaging, card, how))
                 with _quiet(), torch.random.fork_rng(devices=[]):
                     native_folder.compare(reference.network, new)
             else:

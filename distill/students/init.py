@@ -12,6 +12,7 @@ from distill.core.errors import InputError
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.interpolants import Interpolant, linear
+from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.architectures import EDM, NETWORKS, accelerated, build, kind_of, two_times
 from distill.networks.critic import Critic
@@ -101,6 +102,11 @@ class StudentInit:
             )
 
     @property
+    def is_native(self) -> bool:
+        """Whether the networks keep the class of a latent-space pipeline."""
+        return self.network is None and self.source is not None and native.is_native(self.source.network)
+
+    @property
     def has_classes(self) -> bool:
         """Whether the networks are conditioned on class labels."""
         return self.num_classes is not None and not isinstance(self.conditioning, ConditionTable)
@@ -110,14 +116,17 @@ class StudentInit:
         network = self._network("velocity field")
         return native.velocity(network, self._call()) if native.is_native(network) else VelocityStudent(network)
 
-    def flow_map(self) -> nn.Module:
+    def flow_map(self, to_data: bool = False) -> nn.Module:
         """A trainable FlowMapStudent on the linear path: a copy of the source if that is a flow map.
 
         Otherwise its initial output is the velocity of `velocity_field`, for every s.
+
+        to_data: it is only called with s = 0. Then a network of a latent-space pipeline gets no second time, so that
+        the pipeline can sample it.
         """
         network = self._network("flow map", "flow_map")
         if native.is_native(network):
-            return native.flow_map(network, self._call(), self.seed)
+            return native.flow_map(network, self._call(), self.seed, to_data)
         return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
 
     def acceleration(self) -> nn.Module:
@@ -150,6 +159,12 @@ class StudentInit:
             network = self._start(self.teacher.network, None)
             return native.critic(network, self._called(native.call_of(self.teacher)), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
+
+    def t_grid(self, steps: int) -> list[float]:
+        """The times [steps + 1] along which a student is sampled; see `protocols.Init`."""
+        if self.is_native:
+            return self._call().t_grid(steps).tolist()
+        return uniform_grid(steps).tolist()
 
     def _call(self) -> LinearCall:
         """How the network of a source of a latent-space pipeline is called."""

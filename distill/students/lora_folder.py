@@ -26,6 +26,7 @@ from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import lora_comfy, lora_weights, native, native_folder
 from distill.students.native_folder import ACCELERATION, SECOND_TIME
+from distill.students.stock import Stock
 from distill.teachers import layout
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, NetworkField
@@ -35,10 +36,12 @@ COMFY = "comfyui"  # folder of the files for ComfyUI
 NEW_LAYERS = "new_layers.safetensors"  # layers of an acceleration that replace those of the base
 
 
-def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard) -> StudentCard:
-    """Writes what was trained of a student's network to a new folder. Returns the card with the class of the network.
+def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard, stock: Stock) -> StudentCard:
+    """Writes what was trained of a student's network, and its scheduler config, to a new folder.
 
     packaging: of its teacher.
+
+    Returns the card with the class of the network, and how the pipeline of its teacher samples it.
     """
     weights = lora_weights.from_network(network)
     base = native.base_of(network)
@@ -54,7 +57,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
         lora_weights.write_diffusers(folder / ACCELERATION, lora_weights.from_network(network.acceleration))
     scheduler = folder / "scheduler" / layout.SCHEDULER
     scheduler.parent.mkdir()
-    scheduler.write_text(json.dumps(dict(packaging.scheduler), indent=2, sort_keys=True) + "\n")
+    scheduler.write_text(json.dumps(stock.scheduler_or(packaging), indent=2, sort_keys=True) + "\n")
     first = base.transformer if isinstance(base, Experts) else base
     facts = card.lora["student"].model_copy(update={"targets": sorted(ends(weights.layers))})
     return card.model_copy(
@@ -62,6 +65,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "lora": {**card.lora, "student": facts},
             "network": type(first).__name__,
             "component": native.convention_for(base).folder,
+            "stock": stock.call,
         }
     )
 
@@ -155,8 +159,10 @@ def load(
         lora_weights.add_to(network, weights)
         student = native.velocity(network, call)
         if card.kind == "flow_map":
-            student = native.flow_map(network, call, 0)
-            native_folder.load_second_time(student.network.gap, folder / SECOND_TIME)
+            to_data = native_folder.is_to_data(card)
+            student = native.flow_map(network, call, 0, to_data)
+            if not to_data:
+                native_folder.load_second_time(student.network.gap, folder / SECOND_TIME)
     return student, base, digest(base, folder)
 
 

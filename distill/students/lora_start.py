@@ -14,7 +14,6 @@ from distill.networks.adapters import LAYERS, matching
 from distill.networks.architectures import drawn
 from distill.networks.experts import Experts
 from distill.networks.sharing import has_base
-from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.rolespec import LoraSpec
 from distill.students import lora_weights, native
 from distill.students.lora_weights import LoraLayer, LoraWeights
@@ -43,7 +42,7 @@ def adapt(role: str, module: nn.Module, spec: LoraSpec, seed: int) -> None:
 def _networks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The networks of latent-space pipelines in a module, by their names; two that are called as one are one."""
     for name, part in module.named_children():
-        if native.is_native(part) and not isinstance(part, TwoTimes | TwoNetworks):
+        if native.is_native(part) and not isinstance(part, native.WRAPPERS):
             yield f"{path}.{name}", part
         else:
             yield from _networks(part, f"{path}.{name}")

@@ -21,7 +21,7 @@ from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
-from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond
 from distill.teachers.architectures import class_of, convention_of, known
@@ -30,6 +30,7 @@ from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, InDtype, LinearCall, NetworkField, linear_call
 
 NativeStudent = VelocityStudent | FlowMapStudent | AccelerationStudent
+WRAPPERS = TwoTimes | ToData | TwoNetworks  # what is made from a network of a latent-space pipeline here
 FIRST, SECOND = "transformer", "transformer_2"  # attributes of Experts
 
 
@@ -40,7 +41,7 @@ def is_native(network: nn.Module | None) -> bool:
 
 def base_of(network: nn.Module) -> nn.Module:
     """The network that takes x_t and one time."""
-    if isinstance(network, TwoTimes):
+    if isinstance(network, TwoTimes | ToData):
         return network.network
     return network.velocity if isinstance(network, TwoNetworks) else network
 
@@ -108,7 +109,7 @@ def unshared(module: nn.Module) -> None:
     """Gives the networks in a module, which share their weights with a teacher, own weights in float32, all trained."""
     for part in list(module.modules()):
         for name, network in part.named_children():
-            if is_native(network) and has_base(network) and not isinstance(part, Experts | TwoNetworks | TwoTimes):
+            if is_native(network) and has_base(network) and not isinstance(part, Experts | WRAPPERS):
                 dropped = {key: each.p for key, each in network.named_modules() if isinstance(each, nn.Dropout)}
                 setattr(part, name, again := copied(network, None))
                 for key, probability in dropped.items():
@@ -135,7 +136,7 @@ def _with_dropout(network: nn.Module, dropout: float | None) -> nn.Module:
 
 @dataclass(frozen=True)
 class TwoTimesCall:
-    """How a FlowMapStudent calls a TwoTimes network."""
+    """How a FlowMapStudent calls a TwoTimes or ToData network."""
 
     call: LinearCall
 
@@ -173,12 +174,17 @@ def velocity(network: nn.Module, call: LinearCall) -> VelocityStudent:
     return VelocityStudent(network, call)
 
 
-def flow_map(network: nn.Module, call: LinearCall, seed: int) -> FlowMapStudent:
-    """A flow map: of a network that knows two times, or made from a velocity network. Then it is at first the velocity,
-    for every s.
+def flow_map(network: nn.Module, call: LinearCall, seed: int, to_data: bool = False) -> FlowMapStudent:
+    """A flow map: of the network of one, or made from a velocity network. Then it is at first the velocity, for every
+    s.
+
+    to_data: it is only called with s = 0, so it gets no second time.
     """
-    if isinstance(network, TwoTimes):
+    if isinstance(network, TwoTimes) or (isinstance(network, ToData) and to_data):
         return FlowMapStudent(network, TwoTimesCall(call))
+    network = base_of(network) if isinstance(network, ToData) else network
+    if to_data:
+        return FlowMapStudent(ToData(network), TwoTimesCall(call))
     convention = convention_for(network)
     layers = [prefix + name for prefix, part in parts_of(network) for name in convention.time_layers(part)]
     with drawn(seed, "second time"):
@@ -300,6 +306,8 @@ def _built_again(network: nn.Module) -> nn.Module:
             return Experts(_built_again(network.transformer), _built_again(network.transformer_2), network.boundary)
         case TwoNetworks():
             return TwoNetworks(_built_again(network.velocity), _built_again(network.acceleration))
+        case ToData():
+            return ToData(_built_again(network.network))
         case TwoTimes():
             with drawn(0, "second time"):  # all random weights are replaced
                 again = TwoTimes(_built_again(network.network), network.layers, network.gap[0].out_features)

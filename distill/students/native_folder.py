@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.core.errors import InputError, RunError
+from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.networks.experts import Experts
 from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
 from distill.students.native import FIRST, SECOND
+from distill.students.stock import Stock
 from distill.teachers import checkpoint, files, layout, pipeline_index, weights
 from distill.teachers.checkpoint import TeacherCheckpoint
 from distill.teachers.loaded import Packaging
@@ -29,23 +31,29 @@ from distill.teachers.network_field import EdmField, NetworkField, linear_call
 from distill.teachers.read import parse, unreadable
 
 SECOND_TIME = "second_time.safetensors"  # the weights of the embedding of t - s, in a flow map
+TO_DATA = "renoise"  # the sampler of flow maps that may have no second time
 ACCELERATION = "acceleration"  # prefix of the folders of the acceleration's networks
 SHARD = "5GB"
 DISTILLED = {"is_distilled": True}  # of pipelines that then use no classifier-free guidance
 
 
-def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard) -> StudentCard:
+def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard, stock: Stock) -> StudentCard:
     """Writes the networks of a student, its scheduler config and model_index.json to a new folder.
 
-    Returns the card with the class of the network.
+    The network is changed if its pipeline would guide it otherwise (see `Convention.for_pipeline`). If the pipeline
+    cannot sample it, the scheduler is its teacher's.
+
+    Returns the card with the class of the network, and how its pipeline samples it.
     """
+    base = native.base_of(network)
+    if stock.works:
+        native.convention_for(base).for_pipeline(base)
     for name, part in networks(network):
         part.save_pretrained(folder / name, max_shard_size=SHARD)
     if isinstance(network, TwoTimes):
         save_file({k: v.contiguous() for k, v in network.gap.state_dict().items()}, folder / SECOND_TIME)
-    scheduler = dict(packaging.scheduler)
+    scheduler = stock.scheduler_or(packaging)
     _write_json(folder / "scheduler" / layout.SCHEDULER, scheduler)
-    base = native.base_of(network)
     name, first = next(networks(base))
     pipeline = packaging.pipeline or native.convention_for(base).pipeline_of(dict(first.config))
     options = {**packaging.options, **pipeline_index.options_of(pipeline, DISTILLED)}
@@ -54,7 +62,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     components = {each: ["diffusers", type(part).__name__] for each, part in networks(base)}
     components["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / layout.INDEX, pipeline_index.index_of(pipeline, components, options))
-    return card.model_copy(update={"network": type(first).__name__, "component": name})
+    return card.model_copy(update={"network": type(first).__name__, "component": name, "stock": stock.call})
 
 
 def compare(network: nn.Module, folder: Path) -> None:
@@ -85,12 +93,19 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
     if kind == "velocity":
         return native.velocity(network, call)
     if kind == "flow_map":
-        student = native.flow_map(network, call, 0)
-        load_second_time(student.network.gap, folder / SECOND_TIME)
+        to_data = is_to_data(student_card.read(folder))
+        student = native.flow_map(network, call, 0, to_data)
+        if not to_data:
+            load_second_time(student.network.gap, folder / SECOND_TIME)
         return student
     parts = [network_in(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
     return native.acceleration(TwoNetworks(network, grown), call)
+
+
+def is_to_data(card: StudentCard) -> bool:
+    """Whether a flow map has no second time, because it only jumps to data."""
+    return card.sampler == TO_DATA and SECOND_TIME not in card.files
 
 
 def digest(found: TeacherCheckpoint, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Sampling of teachers and students, in blocks. The noise of a sample depends on (seed, index) alone."""
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.solvers import find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import SAMPLERS, about_calls, network_calls, per_velocity
+from distill.students import native
 from distill.students.loaded import LoadedStudent, Student
 from distill.teachers import LoadedTeacher
 
@@ -44,6 +46,7 @@ def _module(sampler: str) -> SamplerModule:
 
 
 MODULES = {name: _module(name) for name in SAMPLERS}
+OF_NETWORK = {"euler", "renoise"}  # samplers whose usual times depend on the schedule of the network
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,23 @@ def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[f
     return {steps: list(grid) for steps, grid in given.items()}
 
 
+def times_of(student: LoadedStudent, steps: int) -> Tensor:
+    """The times [steps + 1] of a student: its own, or those for its kind of network. InputError for other `steps`."""
+    return grid(student.t_grids, steps) if student.t_grids else usual_grid(student.student, student.sampler, steps)
+
+
+def usual_grid(student: Student, sampler: str, steps: int) -> Tensor:
+    """The times [steps + 1] of a student whose recipe defines none: uniform ones, or see `LinearCall.t_grid`."""
+    return native.call_of(student).t_grid(steps) if uses_table(student, sampler) else uniform_grid(steps)
+
+
+def uses_table(student: Student, sampler: str) -> bool:
+    """Whether the usual times of a student are those of a VP schedule."""
+    if sampler not in OF_NETWORK or not native.is_native(student.network):
+        return False
+    return native.call_of(student).table is not None
+
+
 def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
     """The times [steps + 1] of a student: its own, or uniform ones if it has none. InputError for other `steps`."""
     if not t_grids:
@@ -179,9 +199,14 @@ def by_sampler(
 ) -> Tensor:
     """Run the sampler of that name along `t_grid` [N + 1].
 
+    If the first time is less than 1, x at that time is the noise, scaled to the variance that x_t has there for data of
+    unit variance.
+
     more: `num_fresh` noises like `noise` [B, ...], and `weights` if the sampler is fitted.
     """
     assert sampler in MODULES, f"there is no sampler '{sampler}'"
+    if (first := t_grid[0].item()) < 1:
+        noise = noise * math.hypot(1 - first, first)
     return MODULES[sampler].sample(student, noise, t_grid, cond, *more)
 
 

@@ -112,6 +112,8 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
     architecture, content = facts.architecture, facts.content
     dtype = DTYPES[spec.dtype]
     network, digests = _network(spec, parts, facts, dtype)
+    if isinstance(architecture, Convention):
+        architecture.from_pipeline(network, facts.path)
     added = _with_lora(spec, network, architecture)
     if isinstance(architecture, Convention):
         architecture.settled(network)
@@ -228,7 +230,8 @@ def _packaging(
 ) -> Packaging:
     index = {} if parts.pipeline is None else parse(parts.pipeline / INDEX)
     options = pipeline_index.options_of(parts.pipeline_class, index)
-    return Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen), options)
+    embedded = spec.embedded_guidance
+    return Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen), options, embedded)
 
 
 def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path | None) -> Config:

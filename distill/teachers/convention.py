@@ -7,7 +7,7 @@ of that family's pipeline in diffusers does; the tests compare both.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import diffusers
 import torch
@@ -68,6 +68,9 @@ class Convention:
     combine: Combine = staticmethod(cfg)  # how the pipeline combines two velocities for guidance
     guidance_scale = 1.0  # the pipeline's default, in u + scale (c - u), where u is the velocity without condition
     embedded_guidance: float | None = None  # the pipeline's default; None: the network does not take it
+    # How the pipeline calls its scheduler: "steps": with the number of steps N; "sigmas": with the times 1, ..., 1/N;
+    # "timesteps": with N whole timesteps from the first to the last of its table.
+    passes: Literal["steps", "sigmas", "timesteps"] = "steps"
     image_output = 0  # which part of what a block returns belongs to the image, if it returns a tuple
 
     size_options: tuple[str, ...] = ("num_layers", "num_attention_heads", "attention_head_dim")
@@ -172,6 +175,14 @@ class Convention:
         """The pipeline class for a network whose folder does not name one."""
         return self.pipelines[0]
 
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        """The arguments with which the pipeline makes one call per step, without guidance; empty: that is its default.
+
+        whole: it is the pipeline of an exported student, with its network and its model_index.json; else it is the
+        teacher's, with the LoRA of a student.
+        """
+        return {"guidance_scale": 1.0}
+
     def scale_of(self, config: Config) -> float:
         """`guidance_scale`, or the default for the variant that this config describes."""
         return self.guidance_scale
@@ -242,6 +253,15 @@ class Convention:
 
     def settled(self, network: nn.Module) -> None:
         """Turns off what is random in a network's train() mode, other than dropout of features."""
+
+    def for_pipeline(self, network: nn.Module) -> None:
+        """Changes a network that is about to be exported such that its pipeline does not guide it by default."""
+
+    def from_pipeline(self, network: nn.Module, path: Path) -> None:
+        """Takes back `for_pipeline` in a network that was loaded. path: of its config, for messages.
+
+        Raises InputError if it cannot be taken back, because the network is of another kind.
+        """
 
     def recomputing(self, network: nn.Module, checkpoint: Recompute) -> Recompute:
         """How the network calls its blocks if their activations are recomputed in the backward pass.

@@ -28,6 +28,7 @@ class Packaging:
     pipeline: str  # name of the pipeline class; "" if there was only the network
     scheduler: Mapping[str, Any]  # content of the scheduler config
     options: Mapping[str, Any] = new_field(default_factory=dict)  # of the pipeline class, as in model_index.json
+    embedded_guidance: float | None = None  # that the network gets as an input; None: none, or the default
 
 
 @dataclass(frozen=True)

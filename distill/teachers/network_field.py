@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, Prediction, edm, like
+from distill.flow.times import uniform_grid
 from distill.networks.linear_path import edm_velocity, vp_velocity
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Cond, NetworkCall
@@ -152,6 +153,18 @@ class LinearCall:
             return edm_velocity(native, *self.edm, x_t, t.double())
         output = self.call(network, x_t, self.time_scale * (1 - t if self.inverted else t), cond).to(x_t.dtype)
         return -output if self.inverted else output
+
+    def t_grid(self, steps: int) -> Tensor:
+        """The times [steps + 1] along which a student is sampled if its recipe defines none; float64, from noise to 0.
+
+        Uniform, except for a VP schedule of T steps: there, step i of N begins at n = T - 1 - floor(i T / N) of the
+        table, where the schedulers of diffusers call a network ("trailing" spacing). The first time is less than 1.
+        """
+        if self.table is None or steps > len(self.table):
+            return uniform_grid(steps)
+        last = len(self.table) - 1
+        n = [last - i * len(self.table) // steps for i in range(steps)]
+        return torch.cat([torch.sigmoid(self.table[n]), torch.zeros(1, dtype=torch.float64)])
 
 
 def linear_call(field: NetworkField | EdmField) -> LinearCall:

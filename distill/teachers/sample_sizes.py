@@ -7,7 +7,7 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.networks.experts import Experts
-from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.teachers.architectures import convention_of
 from distill.teachers.architectures.unet import ARCHITECTURE as UNET
@@ -22,8 +22,8 @@ def obstacle(network: nn.Module, shape: tuple[int, ...]) -> str | None:
     A network of a latent-space pipeline takes the sizes that `teacher.size` may have. A U-Net halves the sides at each
     level but the first.
     """
-    if isinstance(network, TwoTimes | TwoNetworks):
-        network = network.network if isinstance(network, TwoTimes) else network.velocity
+    if isinstance(network, TwoTimes | ToData | TwoNetworks):
+        network = network.velocity if isinstance(network, TwoNetworks) else network.network
     if (convention := convention_of(network)) is not None:
         first = network.transformer if isinstance(network, Experts) else network
         try:

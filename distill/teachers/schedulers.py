@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from pydantic import ConfigDict, Field, PositiveFloat
+from torch import Tensor
 
 from distill.core.errors import InputError
 from distill.flow.interpolants import Interpolant, Prediction, vp
@@ -260,6 +262,32 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
             )
         return LinearSchedule(float(options.num_train_timesteps), options.invert_sigmas)
     return _vp(name, kind, options, path)
+
+
+def betas(config: Mapping[str, object], table: Tensor) -> dict[str, object]:
+    """The options that say which table of betas a VP scheduler has, for schedulers of any class with this table.
+
+    config: content of a scheduler config. table: log(sigma/alpha) of its table, [N]. Schedules that not all classes
+    know, such as sigmoid, are written as numbers.
+    """
+    kind = KINDS[str(config["_class_name"])]
+    options = _options({**config}, Path("scheduler_config.json"), strict=False)
+    start, end, schedule = kind.betas
+    schedule = options.beta_schedule or schedule
+    found: dict[str, object] = {
+        "num_train_timesteps": options.num_train_timesteps,
+        "beta_start": options.beta_start or start,
+        "beta_end": options.beta_end or end,
+        "beta_schedule": schedule,
+        "rescale_betas_zero_snr": options.rescale_betas_zero_snr,
+    }
+    if options.trained_betas is not None:
+        return {**found, "trained_betas": options.trained_betas, "beta_schedule": "linear"}
+    if schedule not in SchedulerKind.schedules:
+        left = torch.sigmoid(-2 * table)  # alphas_cumprod
+        before = torch.cat([torch.ones(1, dtype=table.dtype), left[:-1]])
+        return {**found, "trained_betas": (1 - left / before).tolist(), "beta_schedule": "linear"}
+    return found
 
 
 def classes() -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.flow.conditioning import of_classes
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Cond, Conditioning, Copy, Nets, Recipe, VelocityField
 from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
@@ -70,7 +71,7 @@ class Given:
     def velocity_field(self) -> nn.Module:
         return self.student
 
-    def flow_map(self) -> nn.Module:
+    def flow_map(self, to_data: bool = False) -> nn.Module:
         return self.student
 
     def acceleration(self) -> nn.Module:
@@ -78,6 +79,9 @@ class Given:
 
     def critic(self) -> nn.Module:
         return self.judge
+
+    def t_grid(self, steps: int) -> list[float]:
+        return uniform_grid(steps).tolist()
 
     def null(self, cond: Cond) -> Cond:
         return {name: torch.full_like(value, self.num_classes or 0) for name, value in cond.items()}

@@ -81,7 +81,7 @@ class Recipe:
         self.teacher = None if teacher is None or config.point == "data" else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        decay, student = self.config.target_decay, Trained(init.flow_map())
+        decay, student = self.config.target_decay, Trained(init.flow_map(to_data=True))
         return {"student": student} if decay is None else {"student": student, "target": Copy("student", decay)}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:

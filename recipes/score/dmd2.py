@@ -60,12 +60,13 @@ class Recipe:
     sampler = "renoise"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        self.config, self.t_grid = config, times.uniform_grid(config.steps).tolist()
+        self.config, self.trained_steps, self.t_grid = config, config.steps, times.uniform_grid(config.steps).tolist()
         self.teacher = None if teacher is None else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:
         waiting = ("head.*",) if self.config.gan_weight == 0 else ()  # only the GAN trains the head
-        return {"student": Trained(init.flow_map()), "critic": Trained(init.critic(), waiting)}
+        self.t_grid = [1.0, *init.t_grid(self.trained_steps)[1:]]
+        return {"student": Trained(init.flow_map(to_data=True)), "critic": Trained(init.critic(), waiting)}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("critic", self.critic_turn)
@@ -113,8 +114,7 @@ class Recipe:
         assert batch.data is not None
         x, last = ctx.draw.normal("noise", batch.data), ctx.draw.integer("steps", self.config.steps)
         for step, t in enumerate(self.t_grid[: last + 1]):
-            if step > 0:
-                x = (1 - t) * x + t * ctx.draw.normal(f"noise {step}", x)
+            x = (1 - t) * x + t * ctx.draw.normal(f"noise {step}", x) if step > 0 else x
             with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
                 x = jump_to_data(nets["student"], x, torch.full((len(x),), t, device=x.device), batch.cond)
         return x

@@ -31,6 +31,7 @@ class Chroma(Convention):
     networks = ("ChromaTransformer2DModel",)
     pipelines = ("ChromaPipeline",)
     prediction = "velocity"
+    passes = "sigmas"
     guidance_scale = 5.0
     image_output = 1
     size_options = (

@@ -72,6 +72,7 @@ class CogView4(Convention):
         "base_image_seq_len": BASE_TOKENS,
     }
     prediction = "velocity"
+    passes = "timesteps"
     guidance_scale = 5.0
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class Flux(Convention):
     networks = ("FluxTransformer2DModel",)
     pipelines = ("FluxPipeline",)
     prediction = "velocity"
+    passes = "sigmas"
     guidance_scale = 1.0  # no second call; with a negative prompt there may be one ("true CFG")
     embedded_guidance = 3.5
     image_output = 1
@@ -52,6 +53,9 @@ class Flux(Convention):
         if not _Config.model_validate(config).guidance_embeds:
             return {}
         return {"guidance": embedded(asked, self.embedded_guidance)}
+
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        return {}
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, (height, width) = cond["encoder_hidden_states"], x_t.shape[-2:]

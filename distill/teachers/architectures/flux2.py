@@ -31,6 +31,7 @@ class Flux2(Convention):
     networks = ("Flux2Transformer2DModel",)
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline")
     prediction = "velocity"
+    passes = "sigmas"
     guidance_scale = 1.0  # of dev, whose guidance is embedded; klein is guided with 4, unless it is distilled
     embedded_guidance = 4.0
     image_output = 1
@@ -47,6 +48,14 @@ class Flux2(Convention):
         if not _Config.model_validate(config).guidance_embeds:
             return {}
         return {"guidance": embedded(asked, self.embedded_guidance)}
+
+    def pipeline_of(self, config: Config) -> str:
+        return self.pipelines[not _Config.model_validate(config).guidance_embeds]
+
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        """The pipeline of klein does not guide networks if its model_index.json says is_distilled, as ours do."""
+        guided = not _Config.model_validate(config).guidance_embeds and not whole
+        return {"guidance_scale": 1.0} if guided else {}
 
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_guidance_embed"]

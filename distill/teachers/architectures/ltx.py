@@ -37,6 +37,7 @@ class Ltx(Convention):
     networks = ("LTXVideoTransformer3DModel",)
     pipelines = ("LTXPipeline",)
     prediction = "velocity"
+    passes = "sigmas"
     guidance_scale = 3.0
     default_factors = (8, 32)
     width_options = ("cross_attention_dim",)

@@ -51,6 +51,7 @@ class Lumina2(Convention):
     pipelines = ("Lumina2Pipeline",)
     scheduler: Config = {"num_train_timesteps": 1000}
     prediction = "velocity"
+    passes = "sigmas"
     combine = staticmethod(per_row)
     guidance_scale = 4.0
     size_options = ("num_layers", "num_refiner_layers", "num_attention_heads", "num_kv_heads")

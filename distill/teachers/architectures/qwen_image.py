@@ -48,6 +48,7 @@ class QwenImage(Convention):
     networks = ("QwenImageTransformer2DModel",)
     pipelines = ("QwenImagePipeline",)
     prediction = "velocity"
+    passes = "sigmas"
     combine = staticmethod(per_token)
     guidance_scale = 4.0  # true_cfg_scale of the pipeline, whose guidance_scale has no effect
     image_output = 1
@@ -73,6 +74,10 @@ class QwenImage(Convention):
             "encoder_hidden_states": CondField((None, _Config.model_validate(config).joint_attention_dim)),
             "encoder_hidden_states_mask": CondField((None,), torch.int64),
         }
+
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        """Without a negative prompt, the pipeline does not guide the network."""
+        return {}
 
     def unused(self, network: nn.Module) -> Sequence[str]:
         """The text after the last block."""

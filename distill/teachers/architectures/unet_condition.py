@@ -14,6 +14,9 @@ from distill.protocols import Cond
 from distill.teachers.convention import Asked, CondField, Convention, size_of
 from distill.teachers.read import Config, Read, ShortText, Side, Size, checked, short
 
+# time_cond_proj_dim of our students. With this option, the pipelines do not guide a network, but give it the guidance
+# scale, which the weights of its layer, all zero, ignore. Networks that use it have 256 channels for it.
+IGNORED = 4
 SIZES = 6  # numbers in time_ids: height and width before cropping, top and left of the crop, height and width
 
 # Options of networks that are called in another way, and who has them. Valid: null.
@@ -111,6 +114,9 @@ class UNetCondition(Convention):
     def scale_of(self, config: Config) -> float:
         return 5.0 if _Config.model_validate(config).is_xl else self.guidance_scale
 
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        return {} if whole else {"guidance_scale": 1.0}  # whole: see `for_pipeline`
+
     def layers(self, network: nn.Module) -> Sequence[str]:
         """The names of the blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
         names = [name for name, _ in network.named_modules()]
@@ -129,6 +135,21 @@ class UNetCondition(Convention):
 
     def critic_width(self, config: Config) -> int:
         return _Config.model_validate(config).block_out_channels[-1]
+
+    def for_pipeline(self, network: nn.Module) -> None:
+        first = network.time_embedding.linear_1
+        layer = nn.Linear(IGNORED, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
+        network.time_embedding.cond_proj = layer
+        nn.init.zeros_(layer.weight).requires_grad_(False)
+        network.register_to_config(time_cond_proj_dim=IGNORED)
+
+    def from_pipeline(self, network: nn.Module, path: Path) -> None:
+        if (layer := network.time_embedding.cond_proj) is None:
+            return
+        if layer.weight.any():
+            raise _refused(path, "time_cond_proj_dim", layer.in_features)
+        network.time_embedding.cond_proj = None
+        network.register_to_config(time_cond_proj_dim=None)
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         added = {name: cond[name] for name in ("text_embeds", "time_ids") if name in cond}
@@ -157,16 +178,19 @@ def _has_two_encoders(pipeline: DiffusionPipeline) -> bool:
     return "text_encoder_2" in pipeline.components
 
 
+def _refused(path: Path, name: str, value: object) -> InputError:
+    return InputError(
+        f"{path}: {name}={short(str(value))}: the network takes {REFUSED[name]}, which is not supported; valid: null"
+    )
+
+
 def _supported(config: Config, path: Path) -> _Config:
     """The config. InputError if the network is called in a way that is not supported."""
     own = checked(_Config, config, path)
     given = own.model_dump()
-    for name, what in REFUSED.items():
-        if given[name] is not None:
-            raise InputError(
-                f"{path}: {name}={short(str(given[name]))}: the network takes {what}, which is not supported; valid: "
-                "null"
-            )
+    for name in REFUSED:
+        if given[name] is not None and (name, given[name]) != ("time_cond_proj_dim", IGNORED):
+            raise _refused(path, name, given[name])
     if own.addition_embed_type not in (None, "text_time"):
         raise InputError(
             f"{path}: addition_embed_type={short(str(own.addition_embed_type))}: the network takes more than a prompt, "

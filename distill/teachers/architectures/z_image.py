@@ -36,6 +36,7 @@ class ZImage(Convention):
     networks = ("ZImageTransformer2DModel",)
     pipelines = ("ZImagePipeline",)
     prediction = "velocity"
+    passes = "sigmas"
     guidance_scale = 6.0  # the pipeline's is 5: it computes c + scale (c - u)
     size_options = ("n_layers", "n_refiner_layers", "n_heads")
 
@@ -61,6 +62,9 @@ class ZImage(Convention):
             "cap_feats": CondField((None, _Config.model_validate(config).cap_feat_dim)),
             "cap_feats_mask": CondField((None,), torch.bool),
         }
+
+    def unguided(self, config: Config, *, whole: bool) -> Mapping[str, float]:
+        return {"guidance_scale": 0.0}
 
     def layers(self, network: nn.Module) -> Sequence[str]:
         return [name for name, _ in network.named_modules() if name.startswith("layers.") and name.count(".") == 1]
