@@ -19,6 +19,7 @@ from distill.cli import (
     convert,
     doctor,
     encode,
+    export,
     follow,
     inspect,
     jobs,
@@ -107,7 +108,7 @@ app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)
 app.command(rich_help_panel=TOOLS)(cache.cache)
-app.command(rich_help_panel=TOOLS)(tools.export)
+app.command(rich_help_panel=TOOLS)(export.export)
 app.command(rich_help_panel=TOOLS)(convert.convert)
 app.command(rich_help_panel=TOOLS)(schedule.schedule)
 app.command(rich_help_panel=TOOLS)(encode.encode)

@@ -63,7 +63,7 @@ def publish(
 
     folder = store_path(store)
     title, version = published.split(name)
-    chosen = _chosen(student, folder)
+    chosen = chosen_student(student, folder)
     if chosen is None:
         raise InputError(
             f"there is no run or student '{student}'; give RUN or RUN/STAGE of {folder}, or a student's folder"
@@ -152,7 +152,7 @@ def verify(
     say(f"{near(folder.absolute())} is complete: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "distill.exchange.publishing.ChosenStudent | Path | None":
+def chosen_student(given: str, store: Path) -> "distill.exchange.publishing.ChosenStudent | Path | None":
     """The student that the user has named: of a run, or a folder outside of runs; None if there is none."""
     from distill.exchange import publishing, transports
 
@@ -255,7 +255,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
         return source.below(run).below("students").below(stage), f"{run}-{stage}", None
     name = given.partition(":")[0]
     if here is not None and ":" not in given and not (here / published.REGISTRY / name).is_dir():
-        chosen = _chosen(given, here)
+        chosen = chosen_student(given, here)
         if chosen is None:
             raise InputError(
                 f"there is no published student, run or folder '{given}'; give NAME[:VERSION] (distill students lists "

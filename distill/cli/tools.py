@@ -1,4 +1,4 @@
-"""`distill sample`, `eval`, `report` and `export`: tools for single students and runs, without a spec."""
+"""`distill sample`, `eval` and `report`: tools for single students and runs, without a spec."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,6 @@ from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.printing import say, say_table
-from distill.core.text import suggest
 from distill.exchange import student_card
 from distill.runs.run_store import find_run
 from distill.spec.kinds import FITTED
@@ -195,45 +194,3 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOptio
         from distill.evaluation import report_page
 
     say(near(report_page.write(paths)))
-
-
-def export(
-    run: Annotated[str, typer.Argument(metavar="RUN")],
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="By default the only train stage.")] = None,
-    half_life: Annotated[
-        float | None, typer.Option(help="Export the EMA weights with this half-life, in images.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Export the weights without averaging (EMA).")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write; by default RUN-STAGE.")] = None,
-    store: StoreOption = None,
-) -> None:
-    """Export a student from a run's newest checkpoint, even during training."""
-    from distill.runs import todo
-    from distill.spec.model import TrainStage
-
-    paths = find_run(store_path(store), run)
-    spec = todo.load_spec(paths)
-    trained = {name: each for name, each in spec.stages.items() if isinstance(each, TrainStage)}
-    if stage is None and len(trained) != 1:
-        raise InputError(f"run '{paths.name}' has {len(trained)} train stages; name one: {', '.join(trained)}")
-    name = stage or next(iter(trained))
-    if name not in trained:
-        raise InputError(f"run '{paths.name}' has no train stage '{name}'; {suggest(name, trained)}")
-    if raw and half_life is not None:
-        raise InputError("--raw and --half-life cannot be combined")
-    halves = trained[name].ema_half_lives
-    if half_life is not None and half_life not in halves:
-        valid = ", ".join(f"{half:g}" for half in halves) or "none; use --raw"
-        raise InputError(f"--half-life {half_life:g} is not one of the stage's; valid: {valid}")
-    folder = out or Path(f"{paths.name}-{name}")
-    if folder.exists():
-        raise InputError(f"{folder} exists already; name another folder with --out")
-    if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
-        raise InputError(
-            f"the checkpoints of stage '{name}' were deleted; use its exported student: {near(paths.student(name))}"
-        )
-    with importing():
-        from distill.execution import train_stage
-
-    train_stage.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
-    say(f"exported {near(folder.absolute())}")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,19 @@ from distill.core.errors import InputError
 from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
-from distill.spec.kinds import BASELINE, SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
+from distill.exchange import measured
+from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"
 # fields that cards of earlier versions do not have
 ADDED = {"fitted", "guidance", "lora", "base_digest", "trained_steps", "table_times", "stock"}
+ADDED |= {"is_distilled", "nfe", "pipeline", "size", "dtype"}
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
+LISTED = 10  # numbers of steps that a model card lists
+FEW = (1, 2, 4)  # steps that students are made for if any number is possible
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 StepsKey = Annotated[int, Field(ge=1, le=2**31 - 1)]  # not strict, since it is a key, which is text in JSON
@@ -117,6 +120,16 @@ class StudentCard(FrozenModel):
     """folder of that network"""
     stock: StockCall | None = None
     """null: the folder has a pipeline of its own"""
+    pipeline: Annotated[str, Field(pattern="^[A-Za-z0-9_]{0,100}$")] = ""
+    """class of the complete pipeline in the folder; empty: it has no text encoders and no autoencoder"""
+    size: Annotated[list[Length], Field(max_length=3)] = []
+    """[height, width] in pixels, or [frames, height, width], of what that pipeline makes"""
+    dtype: Literal["", "bfloat16"] = ""
+    """data type of the network's weights; empty: float32"""
+    is_distilled: StrictBool = False
+    """true, except in cards of earlier versions: it is sampled in few steps, and without classifier-free guidance"""
+    nfe: Annotated[list[Length], Field(max_length=1000)] = []
+    """numbers of network calls per sample that it is made for"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""
@@ -169,10 +182,17 @@ class StudentCard(FrozenModel):
         return bool(self.network)
 
     @property
+    def made_for(self) -> list[int]:
+        """The numbers of steps that the student is made for; of any number that its pipeline supports: 1, 2 and 4."""
+        if self.t_grids or self.trained_steps:
+            return sorted(self.t_grids) or [self.trained_steps or 1]
+        supported = None if self.stock is None or self.stock.reason else self.stock.steps
+        return [steps for steps in FEW if supported is None or steps in supported] or list(supported or [])[:1]
+
+    @property
     def fewest_steps(self) -> int:
         """The smallest number of steps that the student is made for."""
-        supported = self.stock.steps[0] if self.stock is not None and self.stock.steps else 1
-        return min(self.t_grids, default=self.trained_steps or supported)
+        return min(self.made_for)
 
 
 def record(folder: Path) -> dict[str, FileRecord]:
@@ -188,6 +208,8 @@ def record(folder: Path) -> dict[str, FileRecord]:
 
 def write(folder: Path, card: StudentCard) -> None:
     """Write README.md and distill.json, with the checksums of all files that are in the folder."""
+    calls = [network_calls(card.sampler, steps) for steps in card.made_for]
+    card = card.model_copy(update={"is_distilled": True, "nfe": calls})
     (folder / README).write_text(readme(card))
     (folder / FILE_NAME).write_text(to_json(card.model_copy(update={"files": record(folder)})))
 
@@ -310,44 +332,6 @@ class Publication:
     costs: list[TrainingCost] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class MeasuredStudent:
-    """The metrics of a card as a table: names of the columns, and (NFE, cells) of each row."""
-
-    names: list[str]
-    rows: list[tuple[int, list[str]]]
-    unbeaten: list[tuple[int, str]]
-    """NFE and metric, where it is not better than that of the best baseline"""
-
-    @property
-    def has_baselines(self) -> bool:
-        return any(name.startswith(BASELINE) for name in self.names)
-
-
-def _at(key: str) -> tuple[str, int]:
-    """(name, number of steps) of a metric like FD-digits@2. The number is 0 if the key has none."""
-    found = re.fullmatch(r"(.*)@([0-9]{1,6})", key)
-    return (found[1], int(found[2])) if found else (key, 0)
-
-
-def _measured(card: StudentCard) -> MeasuredStudent | None:
-    found: dict[int, dict[str, float]] = {}
-    for key, value in card.metrics.items():
-        name, steps = _at(key)
-        found.setdefault(steps, {})[name] = value
-    names = list(dict.fromkeys(_at(key)[0] for key in card.metrics))
-    rows: list[tuple[int, list[str]]] = []
-    unbeaten: list[tuple[int, str]] = []
-    for steps, values in sorted(found.items()):
-        nfe = network_calls(card.sampler, steps)
-        rows.append((nfe, [f"{values[name]:.4g}" if name in values else "" for name in names]))
-        for name in [each for each in values if each.startswith(BASELINE)]:
-            quantity = name.removeprefix(f"{BASELINE} ")
-            if quantity in values and not values[quantity] < values[name]:
-                unbeaten.append((nfe, quantity))
-    return MeasuredStudent(names, rows, unbeaten) if rows else None
-
-
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
@@ -366,10 +350,29 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         more_calls=network_calls(card.sampler, 1) - 1,
         head=_head(card),
         steps=card.fewest_steps,
+        supported=_supported(card),
+        call_steps=_call_steps(card),
         vector=len(card.shape) == 1,
-        measured=_measured(card),
+        measured=measured.of(card.metrics, card.sampler),
         published=published,
     )
+
+
+def _supported(card: StudentCard) -> str:
+    """The numbers of steps for which the pipeline of the student's class samples it as distill does, in words."""
+    supported = None if card.stock is None else card.stock.steps
+    if supported is None:
+        return ", ".join(map(str, sorted(card.t_grids))) or "any number"
+    few = supported[:LISTED]
+    return ", ".join(map(str, few)) + (", and others" if few != supported else "")
+
+
+def _call_steps(card: StudentCard) -> int:
+    """A number of steps for the example of a call of the pipeline."""
+    supported = None if card.stock is None else card.stock.steps
+    if not supported:
+        return card.fewest_steps
+    return min({*supported} & {*card.made_for} or {supported[0]})
 
 
 def _head(card: StudentCard) -> str:

@@ -63,12 +63,12 @@ def export(
                 assert packaging is not None
                 from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-                _write_card(new, lora_folder.write(reference.network, new, packaging, card, how))
+                student_card.write(new, lora_folder.write(reference.network, new, packaging, card, how))
                 lora_folder.compare(reference.network, new)
             elif native.is_native(reference.network):
                 assert packaging is not None
-                _write_card(new, native_folder.write(reference.network, new, packaging, card, how))
-                with _quiet(), torch.random.fork_rng(devices=[]):
+                with quiet(), torch.random.fork_rng(devices=[]):
+                    student_card.write(new, native_folder.write(reference.network, new, packaging, card, how))
                     native_folder.compare(reference.network, new)
             else:
                 _write(reference.network, new, card)
@@ -114,19 +114,12 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "unet": [library, class_name],
         },
     )
-    _write_card(folder, card)
-
-
-def _write_card(folder: Path, card: StudentCard) -> None:
-    (folder / student_card.README).write_text(student_card.readme(card))
-    (folder / student_card.FILE_NAME).write_text(
-        student_card.to_json(card.model_copy(update={"files": student_card.record(folder)}))
-    )
+    student_card.write(folder, card)
 
 
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     """RunError unless plain diffusers reads the same weights, bit for bit, and makes the same samples."""
-    with _quiet(), torch.random.fork_rng(devices=[]):  # loading initialises the networks at random first
+    with quiet(), torch.random.fork_rng(devices=[]):  # loading initialises the networks at random first
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
     for name, tensor in written.items():
@@ -160,8 +153,8 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Turn off the progress bar and the warnings of diffusers."""
+def quiet() -> Iterator[None]:
+    """Context manager: turn off the progress bar and the warnings of diffusers."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

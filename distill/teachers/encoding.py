@@ -1,7 +1,6 @@
 """Encodes prompts by the text encoders of a teacher's pipeline. Its network is not loaded."""
 
 import gc
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from distill.core.errors import InputError
 from distill.flow.conditioning import HeldRows
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import conditions, files, weights
+from distill.teachers import conditions, files, pipeline_index, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
@@ -26,7 +25,6 @@ from distill.teachers.encoder_files import EncoderFiles
 from distill.teachers.layout import INDEX
 from distill.teachers.read import Config, parse, short
 
-LIBRARIES = ("diffusers", "transformers")
 BATCH = 8  # prompts that `write` encodes together
 
 
@@ -119,7 +117,7 @@ def check(spec: CheckpointTeacher) -> tuple[Facts, EncoderFiles]:
     found = EncoderFiles.of(spec, parts, facts)
     index = parse(found.pipeline / INDEX)
     for name in found.names:
-        _refuse(found.pipeline, name, *index[name])
+        pipeline_index.refuse_code(found.pipeline / name, *index[name])
     return facts, found
 
 
@@ -187,17 +185,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         for each in kinds:
             each.enable_progress_bar()
-
-
-def _refuse(pipeline: Path, name: str, library: str, class_name: str) -> None:
-    """InputError if a component has code of its own."""
-    folder, module = pipeline / name, f"diffusers.pipelines.{library}"
-    ours = library in LIBRARIES or (library.isidentifier() and importlib.util.find_spec(module) is not None)
-    if not ours or any(folder.glob("*.py")):
-        raise InputError(
-            f"{pipeline}: its {short(name)} is a {short(class_name)} of {short(library)} with code of its own, which "
-            f"is not run; valid: classes of {' and '.join(LIBRARIES)}"
-        )
 
 
 def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,14 +1,19 @@
 """model_index.json: the components and options of a pipeline of diffusers."""
 
+import importlib.util
 from collections.abc import Mapping
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
 
-from distill.teachers.read import Config
+from distill.core.errors import InputError
+from distill.teachers.by_id import ENCODERS
+from distill.teachers.read import Config, short
 
+LIBRARIES = ("diffusers", "transformers")
 NOTHING = [None, None]  # in place of the library and class of a component that is not there
 
 
@@ -19,9 +24,10 @@ def class_of(name: str) -> type[DiffusionPipeline] | None:
 
 
 def components_of(pipeline: type[DiffusionPipeline]) -> dict[str, bool]:
-    """The components of a pipeline class, and whether each is needed; the others may be left out."""
+    """The components of a pipeline class, and whether each is needed for prompts and pixels."""
+    optional = {name for name in pipeline._optional_components if not name.startswith(ENCODERS)}
     return {
-        name: each.default is Parameter.empty and name not in pipeline._optional_components
+        name: each.default is Parameter.empty and name not in optional
         for name, each in signature(pipeline).parameters.items()
         if each.default is Parameter.empty or name in pipeline._optional_components
     }
@@ -49,3 +55,14 @@ def index_of(name: str, components: Mapping[str, list[str]], options: Mapping[st
         **options,
         **components,
     }
+
+
+def refuse_code(folder: Path, library: str, class_name: str) -> None:
+    """InputError if the component of a pipeline in this folder has code of its own. library, class_name: its entry."""
+    module = f"diffusers.pipelines.{library}"
+    ours = library in LIBRARIES or (library.isidentifier() and importlib.util.find_spec(module) is not None)
+    if not ours or any(folder.glob("*.py")):
+        raise InputError(
+            f"{folder.parent}: its {short(folder.name)} is a {short(class_name)} of {short(library)} with code of its "
+            f"own, which is not run; valid: classes of {' and '.join(LIBRARIES)}"
+        )
