@@ -216,7 +216,7 @@ def test_an_unknown_network_is_named(teacher):
     with pytest.raises(InputError) as caught:
         adapting.trained(ManyNetworks().networks(init(teacher)), {"citric": RANK2}, 0, "many")
     assert str(caught.value) == (
-        "lora: recipe 'many' trains no network 'citric'; did you mean 'critic'? valid: critic, student"
+        "lora.citric: recipe 'many' trains no network 'citric'; did you mean 'critic'? valid: critic, student"
     )
 
 

@@ -84,7 +84,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     """Load the teacher and the data of a spec, build the networks of its train stages, and check that they fit.
 
     InputError if they do not. Errors in a stage that starts from, or is taught by, the student of an earlier stage are
-    not reported, because that student is not trained yet: the stage is left out of `Ready.built`.
+    not reported, because that student is not trained yet: the stage is left out of `Ready.built`. A stage that trains
+    adapters is an exception.
 
     store: where an index of the images, and checksums of large files, may be kept.
     """
@@ -121,7 +122,8 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     for name, recipe in resolved.recipes.items():
         stage = spec.stages[name]
         assert isinstance(stage, TrainStage)
-        known = stage.teacher is None and stage.init is None
+        before = {each for each in (stage.teacher, stage.init) if each is not None}
+        known = not before or (bool(stage.lora) and before <= built.keys())  # adapters start from what is known
         try:
             if stage.teacher is None and teacher is not None:
                 teacher.guided(recipe.guidance_scale)

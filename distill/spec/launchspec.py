@@ -24,17 +24,17 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
         yield "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null"
     elif launch.micro_batch == "auto" and launch.divide_teacher:
         yield "launch.micro_batch: auto does not work with launch.divide_teacher; give a number"
-    for name in [name for name, stage in spec.stages.items() if isinstance(stage, TrainStage) and stage.lora]:
-        if launch.zero_stage == 3:
-            yield (
-                f"launch.zero_stage: 3 divides the weights of each network, but with stages.{name}.lora they share "
-                "those of the teacher; use 0, 1 or 2"
-            )
-        if launch.divide_teacher:
-            yield (
-                f"launch.divide_teacher: with stages.{name}.lora, the networks share the weights of the teacher, which "
-                "are not divided then; remove it"
-            )
+    shared = [f"stages.{n}.lora" for n, each in spec.stages.items() if isinstance(each, TrainStage) and each.lora]
+    if shared and launch.zero_stage == 3:
+        yield (
+            f"launch.zero_stage: 3 divides the weights of each network, but with {', '.join(shared)} they share those "
+            "of the teacher; use 0, 1 or 2"
+        )
+    if shared and launch.divide_teacher:
+        yield (
+            f"launch.divide_teacher: with {', '.join(shared)}, the networks share the weights of the teacher, which "
+            "are not divided then; remove it"
+        )
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: has no effect with one process; remove it"

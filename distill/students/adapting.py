@@ -21,9 +21,9 @@ def trained(roles: Mapping[str, Role], loras: Mapping[str, LoraSpec], seed: int,
     own = {name: role for name, role in roles.items() if isinstance(role, Trained | Adapter)}
     for name in loras:
         if name not in own:
-            raise InputError(f"lora: recipe '{recipe}' trains no network '{name}'; {suggest(name, own)}")
+            raise InputError(f"lora.{name}: recipe '{recipe}' trains no network '{name}'; {suggest(name, own)}")
         if isinstance(own[name], Adapter):
-            raise InputError(f"lora: recipe '{recipe}' chooses the adapters of '{name}' itself; remove lora.{name}")
+            raise InputError(f"lora.{name}: recipe '{recipe}' chooses the adapters of '{name}' itself; remove it")
     return {name: one(name, role, loras, seed) for name, role in own.items()}
 
 
