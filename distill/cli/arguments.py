@@ -11,6 +11,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
+from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.runs import cached, todo
 from distill.runs.run_store import RunPaths
@@ -135,13 +136,18 @@ def _part(content: dict[str, object]) -> RunSpec:
 
 
 def teacher_of(student: Path, *, prompted: bool = False) -> TeacherSpec:
-    """The teacher in the spec of the student's run. prompted: without the conditions in the run's cache."""
+    """The teacher in the spec of the student's run: that of its stage, or that of the spec if it is a LoRA student.
+
+    prompted: without the conditions in the run's cache.
+    """
     from distill.teachers.of_students import stage_teacher
 
     given, run = _spec_of(student, "--teacher")
     spec = given if prompted else cached.with_conditions(given, RunPaths(run))
     stage = spec.stages.get(student.name)
     found = stage_teacher(spec, stage, run / "students") if isinstance(stage, TrainStage) else spec.teacher
+    if isinstance(found, CheckpointTeacher) and student_card.is_lora(Path(found.path)):
+        found = spec.teacher
     if found is None:
         raise InputError(f"{student} was trained without a teacher; give one with --teacher")
     return found

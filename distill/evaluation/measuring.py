@@ -83,7 +83,7 @@ def evaluate(
     """
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
-    students = {each: loaded.load_student(run.student(each), device, like) for each in stage.students}
+    students = {each: loaded.load_student(run.student(each), device, like, teacher) for each in stage.students}
     exact = teacher.exact_data or (own.exact_data if own else None)
     return measure(
         run.stage(name).root, name, stage, teacher, students, data,

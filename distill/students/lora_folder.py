@@ -27,7 +27,7 @@ from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import lora_comfy, lora_weights, native, native_folder
 from distill.students.native_folder import ACCELERATION, SECOND_TIME
 from distill.students.stock import Stock
-from distill.teachers import layout
+from distill.teachers import checkpoint, layout
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, NetworkField
 from distill.teachers.read import unreadable
@@ -145,8 +145,7 @@ def load(
 
     like: the spec of its teacher. shared: a loaded teacher, whose weights are used if they are the same.
     """
-    fits = shared is not None and shared.base_digest == card.base_digest and _dtype(shared) == _dtype_of(like)
-    base = shared if shared is not None and fits else base_of(like, card, folder, device)
+    base = shared if shared is not None and _fits(shared, card, like, device) else base_of(like, card, folder, device)
     assert base.network is not None
     network, call = native.without_adapters(base.network), native.call_of(base)
     weights = lora_weights.read_diffusers(folder)
@@ -192,12 +191,13 @@ def digest(base: LoadedTeacher, folder: Path) -> str:
     return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
-def _dtype_of(spec: TeacherSpec | None) -> str | None:
-    return spec.dtype if isinstance(spec, CheckpointTeacher) else None
-
-
-def _dtype(teacher: LoadedTeacher) -> str:
-    return "" if teacher.network is None else str(next(teacher.network.parameters()).dtype).removeprefix("torch.")
+def _fits(shared: LoadedTeacher, card: StudentCard, like: TeacherSpec | None, device: torch.device) -> bool:
+    """Whether the weights of a loaded teacher are those that a student needs, and all on the device."""
+    if shared.network is None or shared.base_digest != card.base_digest or not isinstance(like, CheckpointTeacher):
+        return False
+    places = {each.device.type for each in shared.network.parameters()}
+    dtype = checkpoint.DTYPES[like.dtype]
+    return places == {device.type} and next(shared.network.parameters()).dtype == dtype
 
 
 def _load_new_layers(network: nn.Module, path: Path) -> None:

@@ -12,7 +12,7 @@ from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import by_id
-from distill.teachers.layout import CONFIG, INDEX, NETWORKS, SCHEDULER, SECOND, STUDENT, VAES
+from distill.teachers.layout import ADAPTERS, CONFIG, INDEX, NETWORKS, SCHEDULER, SECOND, STUDENT, VAES
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
 from distill.teachers.variants import (
     ADAPTER,
@@ -223,6 +223,11 @@ def _nothing(folder: Path) -> str:
             f"has neither {INDEX} nor {CONFIG}; it looks like an intermediate checkpoint of a training run. Give "
             f"teacher.path={folder / networks[0]}{averaged}{other}, with the scheduler folder of its pipeline as "
             "teacher.scheduler"
+        )
+    if (folder / ADAPTERS).is_file():
+        return (
+            f"has adapters (LoRA) without the network that they belong to; give this as teacher.path, and "
+            f"teacher.lora={folder}"
         )
     inside = listing(_names(folder))
     return f"has neither {INDEX} nor {CONFIG}, but {inside}; give a diffusers pipeline folder or model folder"

@@ -7,6 +7,7 @@ INDEX, CONFIG, STUDENT, SCHEDULER = "model_index.json", "config.json", "distill.
 NETWORKS = ("unet", "transformer")  # components of a pipeline that are the network
 SECOND = "transformer_2"  # a second network, for other times
 VAES = ("vae", "vqvae")  # and those that are the autoencoder
+ADAPTERS = "pytorch_lora_weights.safetensors"  # a LoRA, as diffusers names its file
 LICENSED = "README.md"  # the model card, which names the licence
 # Small files that are read of a pipeline or a model.
 SMALL = (

@@ -23,11 +23,12 @@ from distill.core.errors import InputError
 from distill.core.printing import warn
 from distill.teachers import weights
 from distill.teachers.convention import Convention
+from distill.teachers.layout import ADAPTERS
 from distill.teachers.read import Config, Read, ShortText, checked, parse, short, unreadable
 from distill.teachers.variants import listing
 
 GIVEN = "teacher.lora"  # the field of the spec that names the file
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # as diffusers and peft write them
+NAMES = (ADAPTERS, "adapter_model.safetensors")  # as diffusers and peft write them
 SETTINGS = "adapter_config.json"  # of peft, beside its file
 EMBEDDED = "lora_adapter_metadata"  # entry of a file's header, with the settings as JSON
 PEFT = "base_model.model."  # begins the names of weights that peft has saved
