@@ -139,6 +139,8 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
     start = f"a new {stage.network.kind}" if stage.network else f"the weights of {stage.init or teacher}"
     if stage.student is not None:
         start = f"a network of another size with weights of {stage.init or teacher}"
+    if stage.lora:
+        start += f", LoRA ({', '.join(f'{role}: rank {each.rank}' for role, each in stage.lora.items())})"
     work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
     share = stage.batch_size // launch.world_size
     micro = launch.known_micro_batch or share
