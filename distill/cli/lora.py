@@ -4,6 +4,7 @@ torch is imported only when a command has checked its arguments.
 """
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,11 +105,14 @@ def extract(
         from distill.students import extracting
 
     place = arguments.device(device)
-    with Progress("extract", 0, "weights", None) as progress:
+    with ExitStack() as until:
+        progress = until.enter_context(Progress("extract", 0, "weights", None))
 
         def tell(done: int, total: int) -> None:
             progress.total = total
             progress.update(done, {})
+            if done == total:  # what follows, such as samples, is not counted
+                until.close()
 
         found = extracting.extract(
             folder, base, rank, out.absolute(), samples=samples, seed=seed, device=place, tell=tell
