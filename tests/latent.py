@@ -4,13 +4,15 @@ The test of each convention compares with the stock pipeline, from the same late
 """
 
 import json
+import shutil
 import string
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from students import card, put, relist
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
@@ -19,6 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distill import teachers
 from distill.core.errors import InputError
+from distill.evaluation.sample import write_samples
+from distill.exchange import pulling, student_card
+from distill.exchange.transports import at
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear, vp
 from distill.flow.solvers import integrate
@@ -26,6 +31,8 @@ from distill.networks.two_times import TwoTimes
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
+from distill.students.exporting import export
+from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import encoding
 from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
@@ -243,7 +250,39 @@ def prompted(folder: Path, stock, negative: str = NEGATIVE, **fields) -> teacher
     spec = CheckpointTeacher(path=str(pipeline), size=fields.get("size"))
     encoders = encoding.load(spec, CPU, torch.float32)
     rows, null = encoders.encode(PROMPTS, negative, len(PROMPTS), lambda done: None)
-    return load(pipeline, conditions=write_conditions(folder / "encoded.safetensors", rows, null), **fields)
+    teacher = load(pipeline, conditions=write_conditions(folder / "encoded.safetensors", rows, null), **fields)
+    drawn_and_shared(folder, teacher, fields)
+    return teacher
+
+
+def drawn_and_shared(folder: Path, teacher: teachers.LoadedTeacher, fields: dict) -> None:
+    """Checks that a student of the teacher in `folder` is drawn by prompts as by their conditions, and can be pulled.
+
+    Also with all components of its pipeline.
+    """
+    linear_path = teacher_on_linear_path(teacher)
+    student = StudentInit(linear_path, None, teacher.shape, teacher.num_classes, 0, linear_path).velocity_field()
+    export(student, folder / "student", card("student", shape=teacher.shape), teacher.packaging)
+    spec = CheckpointTeacher(path=str(folder / "pipeline"), **fields)
+    found = []
+    for name, prompts in {"prompts": PROMPTS, "rows": []}.items():
+        like = spec if prompts else spec.model_copy(update={"conditions": str(folder / "encoded.safetensors")})
+        path = folder / f"{name}.safetensors"
+        write_samples(
+            folder / "student", path, steps=1, seed=0, count=2, labels=None, device=CPU, like=like, prompts=prompts
+        )
+        found.append(load_file(path)["samples"])
+    assert (found[0] - found[1]).abs().max() <= 1e-4 * max(1.0, found[1].abs().max().item())
+    put(folder / "student", folder / "store", "student")
+    pulling.pull(at(folder / "store" / "registry" / "student" / "v1"), folder / "pulled")
+    whole = shutil.copytree(folder / "pipeline", folder / "whole")
+    for name in ("README.md", "distill.json", "scheduler", "transformer", "unet"):
+        if (folder / "pulled" / name).is_dir():
+            shutil.copytree(folder / "pulled" / name, whole / name, dirs_exist_ok=True)
+        elif (folder / "pulled" / name).exists():
+            shutil.copy(folder / "pulled" / name, whole / name)
+    relist(whole, student_card.read(whole))
+    assert pulling.verify(whole).is_native
 
 
 def autoencoder(levels: int = 2, **options) -> AutoencoderKL:
