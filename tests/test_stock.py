@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from stock_pipelines import PIPELINES, TinyPipeline
 
 from distill.core.errors import InputError
-from distill.exchange.student_card import StudentCard
+from distill.exchange.student_card import LoraFacts, StudentCard, read
 from distill.flow.fields import jump_to_data
 from distill.flow.times import uniform_grid
 from distill.networks.two_times import ToData, TwoTimes
+from distill.protocols import Trained
 from distill.spec.model import CheckpointTeacher
-from distill.students import stock
+from distill.spec.rolespec import LoraSpec
+from distill.students import adapting, stock
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
@@ -202,3 +204,39 @@ def test_students_of_several_steps_are_trained_at_the_times_at_which_they_are_sa
             first = by_sampler(student, "renoise", noise, usual_grid(student, "renoise", 1), cond, [])
             expected = jump_to_data(student, noise, torch.ones(3), cond)
             assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_the_pipeline_of_the_teacher_samples_a_lora_with_the_students_scheduler(tmp_path, name):
+    subject = PIPELINES[name]
+    teacher = subject.teacher(tmp_path)
+    init = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher, shares=True)
+    role = Trained(init.flow_map(to_data=True))
+    module = adapting.one("student", role, {"student": LoraSpec(rank=2)}, 0).module.eval()
+    with torch.no_grad():
+        for i, each in enumerate(p for p in module.parameters() if p.requires_grad):
+            each += 0.05 * normal(*each.shape, seed=i)
+    card = StudentCard(
+        name="s", recipe="score/dmd2", spec_digest="", teacher_digest=teacher.digest, kind="flow_map",
+        sampler="renoise", num_classes=None, null_class=None, shape=teacher.shape, weights="raw", images=1,
+        lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])}, base_digest=teacher.base_digest, trained_steps=2,
+    )  # fmt: skip
+    export(module, tmp_path / "student", card, teacher.packaging)
+    rows = str(tmp_path / "rows.safetensors")
+    spec = CheckpointTeacher(path=str(tmp_path / "pipeline"), conditions=rows, **subject.fields)
+    student, written = load_student(tmp_path / "student", CPU, spec), read(tmp_path / "student")
+    assert isinstance(student.network, ToData)
+    assert written.stock.arguments == {"guidance_scale": 1}
+    assert written.stock.steps == ([2] if name == "sd3" else None)
+    assert written.fewest_steps == 2
+
+    pipeline = subject.pipeline(tmp_path / "student")
+    pipeline.load_lora_weights(tmp_path / "student")
+    noise, fresh = subject.noise, drawn(pipeline, subject, 1)
+    ours = by_sampler(student.student, "renoise", noise, times_of(student, 2), conditions(student, 3), fresh)
+    theirs = subject.call(pipeline, noise, subject.rows, num_inference_steps=2, guidance_scale=1)
+    assert (ours - theirs).abs().max() <= 1e-4 * ours.abs().max()
+    text = (tmp_path / "student" / "README.md").read_text()
+    steps = " of 2" if name == "sd3" else ""
+    assert f"Call it with `num_inference_steps`{steps} and `guidance_scale=1` |" in text

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.protocols import Codec
 from distill.students.loaded import LoadedStudent
-from distill.students.sampling import blocks, grid, of_student
+from distill.students.sampling import blocks, of_student, times_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Difference:
 def drawn_samples(student: LoadedStudent, *, steps: int, seed: int, count: int, device: torch.device) -> Tensor:
     """Samples 0 to count - 1 of a student [count, ...] on the CPU. RunError if one is not finite."""
     block = min(count, student.codec.together(student.shape))
-    method = of_student(student, grid(student.t_grids, steps))
+    method = of_student(student, times_of(student, steps))
     found = blocks(method, student, seed=seed, count=count, block=block, device=device)
     return torch.cat([each.samples for each in found])
 

@@ -14,7 +14,7 @@ from distill.core.atomic import new_folder
 from distill.core.errors import InputError
 from distill.exchange import student_card
 from distill.exchange.student_card import LoraFacts, StudentCard
-from distill.networks.two_times import TwoTimes
+from distill.networks.two_times import ToData, TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.students import lora_verify, lora_weights, native
 from distill.students.comparing import Difference, difference, drawn_samples, pictures
@@ -165,9 +165,12 @@ def _with_adapters(base: LoadedTeacher, lora: LoraWeights, student: LoadedStuden
     assert base.network is not None
     network = native.without_adapters(base.network)
     lora_weights.add_to(network, lora)
+    call = native.call_of(base)
+    if isinstance(student.network, ToData):
+        return native.flow_map(network, call, 0, to_data=True)
     if not isinstance(student.network, TwoTimes):
-        return native.velocity(network, native.call_of(base))
-    found = native.flow_map(network, native.call_of(base), 0)
+        return native.velocity(network, call)
+    found = native.flow_map(network, call, 0)
     found.network.gap.load_state_dict(student.network.gap.state_dict())
     return found
 
