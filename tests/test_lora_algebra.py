@@ -8,7 +8,7 @@ from latent import CPU, normal
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.students.extract import decompose
+from distill.students.extract import decompose, relative_change
 from distill.students.lora_weights import LoraLayer, LoraWeights
 from distill.students.merging import merge, unmerge
 from distill.students.quantised import Int8Linear, called_layers, quantise
@@ -146,6 +146,8 @@ def test_the_error_of_a_lower_rank_is_that_of_the_values_left_out():
     change = {name: (each - base.state_dict()[name]).double() for name, each in student.state_dict().items()}
     total = sum(each.square().sum().item() for each in change.values())
     assert found.energy == pytest.approx(total)
+    before = sum(each.double().square().sum().item() for each in base.parameters())
+    assert relative_change(base, student) == pytest.approx((total / before) ** 0.5)
     others = ["grouped.weight", "norm.weight", "wide.bias", "image.bias", "video.bias", "grouped.bias", "norm.bias"]
     assert found.shares.keys() == {*others} and [*found.shares.values()] == sorted(found.shares.values(), reverse=True)
     assert all(found.shares[name] == pytest.approx(change[name].square().sum().item() / total) for name in others)

@@ -4,12 +4,14 @@ torch is imported only when a command has checked its arguments.
 """
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.cli import prompt_options
 from distill.cli.common import (
     JsonOption,
     StoreOption,
@@ -20,14 +22,18 @@ from distill.cli.common import (
     print_table,
     store_path,
 )
+from distill.cli.prompt_options import PromptOption, PromptsOption
 from distill.cli.tools import DeviceOption, SeedOption
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.space import human
+from distill.exchange import student_card
 from distill.spec.model import CheckpointTeacher
 
 if TYPE_CHECKING:
+    import torch
+
     from distill.students.comparing import Difference
 
 LoraStudent = Annotated[
@@ -54,7 +60,7 @@ def merge(
     store: StoreOption = None,
 ) -> None:
     """Merge a LoRA student into the weights of its base: a student with all weights, in float32."""
-    folder, base = _student(student, teacher, store)
+    folder, base = _student(student, teacher, store, with_conditions=False)
     _check(out, scale)
     with importing():
         from distill.students import merged
@@ -87,6 +93,8 @@ def extract(
     teacher: TeacherOption = None,
     samples: SamplesOption = 4,
     seed: SeedOption = 0,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
@@ -96,7 +104,8 @@ def extract(
     The change from the teacher's weights to the student's is approximated by singular value decomposition. The table
     compares samples at the fewest steps of the student, from the same noise and conditions, with the student's own.
     """
-    folder, base = _student(student, teacher, store)
+    texts = prompt_options.given(prompt, prompts)
+    folder, base = _student(student, teacher, store, with_conditions=not texts)
     _check(out)
     from distill.cli import arguments
 
@@ -105,7 +114,7 @@ def extract(
         from distill.students import extracting
 
     place = arguments.device(device)
-    with ExitStack() as until:
+    with _conditioned(folder, base, texts, teacher, store, place) as given, ExitStack() as until:
         progress = until.enter_context(Progress("extract", 0, "weights", None))
 
         def tell(done: int, total: int) -> None:
@@ -115,7 +124,7 @@ def extract(
                 until.close()
 
         found = extracting.extract(
-            folder, base, rank, out.absolute(), samples=samples, seed=seed, device=place, tell=tell
+            folder, given, rank, out.absolute(), samples=samples, seed=seed, device=place, tell=tell
         )
     if json:
         print_json(found.as_json())
@@ -129,15 +138,11 @@ def extract(
     print_table(heads, rows, right=heads)
     steps = f"{found.steps} step{'s' if found.steps > 1 else ''}"
     say(f"PSNR and RMS difference: {found.compared} of {found.samples} samples at {steps}, seed {seed}")
+    say(f"the size of the change is {found.change:.2%} of that of the base's weights")
     if found.others:
         shown = ", ".join(f"{name} {share:.2%}" for name, share in [*found.others.items()][:MOST_NAMES])
         more = f", and {len(found.others) - MOST_NAMES:,} more" if len(found.others) > MOST_NAMES else ""
         say(f"{sum(found.others.values()):.2%} of the change is in parameters that a LoRA cannot hold: {shown}{more}")
-    if not found.same_teacher:
-        say(
-            "note: the card of the student names another teacher, or one with other conditions or options; the LoRA "
-            "belongs to the teacher that was given"
-        )
     say(f"wrote {near(out.absolute())}: {', '.join(f'rank-{each.rank}' for each in found.rows if each.rank)}")
 
 
@@ -146,6 +151,8 @@ def lora_check(
     teacher: TeacherOption = None,
     samples: SamplesOption = 4,
     seed: SeedOption = 0,
+    prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
@@ -155,13 +162,16 @@ def lora_check(
     Large networks are often used with weights in int8. If the LoRA survives this, its samples change by about as much
     as those of the base alone.
     """
-    folder, base = _student(student, teacher, store)
+    texts = prompt_options.given(prompt, prompts)
+    folder, base = _student(student, teacher, store, with_conditions=not texts)
     from distill.cli import arguments
 
     with importing():
         from distill.students import lora_check
 
-    found = lora_check.check(folder, base, samples=samples, seed=seed, device=arguments.device(device))
+    place = arguments.device(device)
+    with _conditioned(folder, base, texts, teacher, store, place) as given:
+        found = lora_check.check(folder, given, samples=samples, seed=seed, device=place)
     if json:
         print_json(found.as_json())
         return
@@ -181,16 +191,40 @@ def lora_check(
     )
 
 
-def _student(given: str, teacher: str | None, store: str | None) -> tuple[Path, CheckpointTeacher]:
-    """The folder of a student, and its base."""
+def _student(
+    given: str, teacher: str | None, store: str | None, *, with_conditions: bool
+) -> tuple[Path, CheckpointTeacher]:
+    """The folder of a student, and its base, which may have the conditions in the cache of the student's run."""
     from distill.cli import arguments
 
     runs = store_path(store)
     folder = arguments.student(given, runs)
-    base = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder)
+    base = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder, prompted=not with_conditions)
     if not isinstance(base, CheckpointTeacher):
         raise InputError(f"--teacher: a teacher of kind {base.kind} has no weights; give a checkpoint")
     return folder, base
+
+
+@contextmanager
+def _conditioned(
+    folder: Path,
+    base: CheckpointTeacher,
+    texts: list[str],
+    teacher: str | None,
+    store: str | None,
+    device: "torch.device",
+) -> Iterator[CheckpointTeacher]:
+    """The base in the size of a student's samples, with the conditions of the prompts, if there are any."""
+    from distill.cli import arguments
+    from distill.evaluation import sample
+    from distill.teachers.of_students import in_size_of
+
+    card = student_card.read(folder)
+    encoders = arguments.prompted_teacher(teacher, card, folder, store_path(store)) if texts else None
+    with sample.with_prompts(in_size_of(card.shape, base), texts, encoders, device) as given:
+        sample.refuse_without_prompts(folder, given)
+        assert isinstance(given, CheckpointTeacher)
+        yield given
 
 
 def _check(out: Path, scale: float = 1.0) -> None:

@@ -4,6 +4,7 @@ The change of a layer is the student's weight minus that of the base. Its singul
 after `rank` values, is the matrix of this rank with the smallest squared error (Eckart and Young, 1936).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,8 +87,7 @@ def decompose(
     The decomposition is in float64. Raises InputError if the networks do not have the same parameters, if nothing has
     changed, or if a rank is below 1 or above the sides of all layers.
     """
-    before, after = dict(base.named_parameters()), dict(student.named_parameters())
-    _refuse_other(before, after, type(base).__name__)
+    before, after = _pairs(base, student)
     refuse_ranks(student, ranks)
     weights = {f"{name}.weight": name for name in adaptable(student)}
     layers, others = {}, {}
@@ -109,6 +109,22 @@ def decompose(
         changed = "only parameters that a LoRA cannot hold have changed" if others else "nothing has changed"
         raise InputError(f"the student has the weights of its teacher in all layers ({changed}); train it first")
     return DecomposedChange(layers, others)
+
+
+@torch.no_grad()
+def relative_change(base: nn.Module, student: nn.Module) -> float:
+    """The root of the squared change of all parameters, relative to that of the base's parameters.
+
+    It is small for a student that was trained from this base, and about 1.4 for unrelated networks. Raises InputError
+    if the networks do not have the same parameters.
+    """
+    before, after = _pairs(base, student)
+    change = size = 0.0
+    for name, weight in after.items():
+        own = before[name].to(weight.device, torch.float64) if name in before else torch.zeros_like(weight).double()
+        change += (weight.double() - own).square().sum().item()
+        size += own.square().sum().item()
+    return math.sqrt(change / size) if size else math.inf
 
 
 def refuse_ranks(network: nn.Module, ranks: Sequence[int]) -> None:
@@ -143,13 +159,18 @@ def _decomposed(change: Tensor, rank: int) -> DecomposedLayer:
     return DecomposedLayer(up, down, values.cpu(), change.square().sum().item())
 
 
-def _refuse_other(before: Mapping[str, Tensor], after: Mapping[str, Tensor], kind: str) -> None:
-    """InputError unless both networks have the same parameters. Others of the student may be zero, without effect."""
+def _pairs(base: nn.Module, student: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The parameters of both networks. InputError unless they are the same.
+
+    The student may have further ones that are zero, so that they have no effect.
+    """
+    before, after = dict(base.named_parameters()), dict(student.named_parameters())
     differs = [name for name in after if name in before and before[name].shape != after[name].shape]
     differs += [name for name in after if name not in before and after[name].any()]
     differs += [name for name in before if name not in after]
     if differs:
         raise InputError(
             f"the student and this teacher are networks of different sizes: {short(differs[0])} differs; give the "
-            f"{kind} that the student started from"
+            f"{type(base).__name__} that the student started from"
         )
+    return before, after

@@ -19,14 +19,14 @@ from distill.spec.model import CheckpointTeacher
 from distill.students import lora_verify, lora_weights, native
 from distill.students.comparing import Difference, difference, drawn_samples, pictures
 from distill.students.exporting import export
-from distill.students.extract import DecomposedChange, decompose, refuse_ranks
+from distill.students.extract import decompose, refuse_ranks, relative_change
 from distill.students.init import StudentInit
 from distill.students.loaded import LoadedStudent, load_student
 from distill.students.lora_weights import LoraWeights
 from distill.students.merging import merge
 from distill.teachers.loaded import LoadedTeacher
 
-UNRELATED = 1.0  # squared change, relative to the base: 2 for networks that have nothing in common
+UNRELATED = 1.0  # change relative to the base; 1.4 for networks that have nothing in common
 CPU = torch.device("cpu")
 
 
@@ -47,16 +47,16 @@ class ExtractedRank:
 class ExtractedStudent:
     """What was extracted.
 
-    compared: images or latents. same_teacher: whether the card of the student names this teacher. others: the share of
-    the squared change of every parameter that a LoRA cannot hold, the largest first. layers: by rank, the share of the
-    squared change of each layer that is kept.
+    compared: images or latents. change: the root of the squared change, relative to that of the base's weights. others:
+    the share of the squared change of every parameter that a LoRA cannot hold, the largest first. layers: by rank, the
+    share of the squared change of each layer that is kept.
     """
 
     rows: list[ExtractedRank]
     steps: int
     samples: int
     compared: str
-    same_teacher: bool
+    change: float
     others: dict[str, float]
     layers: dict[int, dict[str, float]]
 
@@ -92,12 +92,15 @@ def extract(
         )
     student = load_student(folder, device, spec)
     refuse_ranks(native.base_of(student.network), ranks)
+    relative = relative_change(base.network, native.base_of(student.network))
+    if relative >= UNRELATED:
+        raise InputError(
+            f"{spec.where} is another base: the weights of {folder} differ from its weights by {relative:.0%} of their "
+            "size; give the teacher that the student was trained from"
+        )
     own = _drawn(student, card, samples, seed, device)
     network, before = native.base_of(student.network), dict(base.network.named_parameters())
     change = decompose(base.network, network, ranks, device, lambda done: tell(done, len(before)))
-    same = card.teacher_digest == base.digest
-    if not same:
-        _refuse_unrelated(folder, change, base.network, spec)
 
     def row(rank: int, size: int, kept: float) -> ExtractedRank:
         return ExtractedRank(
@@ -126,7 +129,7 @@ def extract(
         steps=card.fewest_steps,
         samples=samples,
         compared="latents" if base.codec.is_identity else "images",
-        same_teacher=same,
+        change=relative,
         others=change.shares,
         layers={rank: {name: each.kept(rank) for name, each in change.layers.items()} for rank in sorted(set(ranks))},
     )
@@ -148,16 +151,6 @@ def _suitable(folder: Path) -> StudentCard:
             "of kind velocity or flow_map"
         )
     return card
-
-
-def _refuse_unrelated(folder: Path, change: DecomposedChange, base: nn.Module, spec: CheckpointTeacher) -> None:
-    size = sum(each.double().square().sum().item() for each in base.parameters())
-    if change.energy >= UNRELATED * size:
-        share = (change.energy / size) ** 0.5
-        raise InputError(
-            f"{spec.where} is another base: the weights of {folder} differ from its weights by {share:.0%} of their "
-            "size; give the teacher that the student was trained from"
-        )
 
 
 def _with_adapters(base: LoadedTeacher, lora: LoraWeights, student: LoadedStudent) -> native.NativeStudent:

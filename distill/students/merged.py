@@ -16,6 +16,7 @@ from distill.students import lora_folder, lora_weights, native, native_folder
 from distill.students.exporting import export
 from distill.students.lora_weights import LoraWeights
 from distill.students.merging import unmerge
+from distill.teachers.of_students import in_size_of
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def merge_student(folder: Path, spec: CheckpointTeacher, out: Path, scale: float
     base; RunError if the new folder cannot be written or is not loaded by diffusers as it was written.
     """
     card = lora_folder.card_of(folder)
-    base = teachers.load_teacher(spec, CPU, probe=False, prompts=1)
+    base = teachers.load_teacher(in_size_of(card.shape, spec) or spec, CPU, probe=False, prompts=1)
     lora_folder.refuse_other_base(base, spec, card, folder)
     student, _, _ = lora_folder.load(folder, card, spec, CPU, base)
     for module in student.modules():
