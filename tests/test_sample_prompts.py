@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from latent import CPU, load, tokenizer, write
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from students import card, make
+from students import card, make, relist
 from texts import clip
 
 from distill.evaluation import sample
+from distill.exchange import student_card
 from distill.spec.model import CheckpointTeacher, GaussianTeacher
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
@@ -128,6 +130,18 @@ def test_a_teacher_without_size_has_that_of_the_student(capfd, place, here):
     assert load_file("s.safetensors")["samples"].shape == (1, 4, 8, 12)
     done = draw(capfd, place, teacher="{{path: {}}}")
     assert done.err.startswith("error: student takes prompts; give some with --prompt or --prompts, or with --teacher")
+
+
+def test_a_complete_pipeline_needs_no_teacher(capfd, place, here):
+    """It has the text encoders and the autoencoder of its teacher."""
+    whole = shutil.copytree(place / "teacher", here / "whole")
+    shutil.copytree(place / "student", whole, dirs_exist_ok=True)
+    own = student_card.read(whole).model_copy(update={"pipeline": "StableDiffusion3Pipeline"})
+    relist(whole, own)
+    done = command(capfd, "sample", "whole", "--prompt", "a cat", "--out", "whole.safetensors", "--device", "cpu")
+    assert (done.code, done.out) == (0, "wrote whole.safetensors: 1 sample at 1 step, seed 0\n"), done.err
+    assert draw(capfd, place, "--prompt", "a cat").code == 0
+    assert torch.equal(load_file("whole.safetensors")["samples"], load_file("s.safetensors")["samples"])
 
 
 def test_what_cannot_be_drawn_is_refused(capfd, place, here):

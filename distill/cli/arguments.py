@@ -154,7 +154,12 @@ def teacher_of(student: Path, *, prompted: bool = False) -> TeacherSpec:
 
 
 def teacher_of_run(student: Path) -> TeacherSpec | None:
-    """The teacher of the spec of the student's run; None if the student is not part of a run."""
+    """The teacher of the spec of the student's run; None if the student is not part of a run.
+
+    For a student that is a complete pipeline, which has an autoencoder and text encoders, it is the student itself.
+    """
+    if student_card.read(student).pipeline:
+        return CheckpointTeacher(path=str(student))
     run = RunPaths(student.parent.parent)
     if not _is_in_run(student):
         return None
@@ -176,10 +181,13 @@ def prompted_teacher(
     if classes:
         raise InputError(f"--classes: {student.name} takes prompts, so this has no effect; remove it")
     run = RunPaths(student.parent.parent)
+    found: TeacherSpec | None = None
     if given is not None:
-        found: TeacherSpec | None = teacher(given, store)
-    else:
-        found = todo.load_spec(run).teacher if _is_in_run(student) else None
+        found = teacher(given, store)
+    elif card.pipeline:
+        found = CheckpointTeacher(path=str(student))
+    elif _is_in_run(student):
+        found = todo.load_spec(run).teacher
     if not isinstance(found, CheckpointTeacher):
         raise InputError(
             f"{student.name}: prompts are encoded by the text encoders of its teacher's pipeline; name it with "

@@ -214,8 +214,11 @@ def _drawn(student: Path, chosen: "distill.exchange.publishing.ChosenStudent | P
     lacking = "torch is not installed" if find_spec("torch") is None else ""
     if card.is_native and not isinstance(chosen, Path):
         like = arguments.teacher_of_run(chosen.run.student(chosen.stage))
+    elif card.is_native and card.pipeline and card.num_classes is not None:
+        like = arguments.teacher_of_run(student)
     elif card.is_native:
-        lacking = lacking or "the teacher of a student outside of runs, which samples need, is not known"
+        unknown = "prompts, which samples need, are" if card.pipeline else "teacher, which samples need, is"
+        lacking = lacking or f"outside of a run its {unknown} not known"
     if lacking:
         say_error(f"the model card has no picture of samples: no evaluation has drawn samples, and {lacking}")
         return b""

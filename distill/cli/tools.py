@@ -91,7 +91,8 @@ def sample(
         along=schedule_along(schedule, along, steps, runs, place),
         fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
     )  # fmt: skip
-    say(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
+    made, steps_made = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((count, "sample"), (steps, "step")))
+    say(f"wrote {near(out.absolute())}: {made} at {steps_made}, seed {seed}")
 
 
 def evaluate(
