@@ -309,7 +309,7 @@ NAMES = {
 }  # fmt: skip
 
 
-OF_RUNS = ("show", "status", "logs", "cancel", "report", "clean", "export")
+OF_RUNS = ("show", "status", "logs", "cancel", "report", "clean")
 
 
 @pytest.mark.parametrize("case", NAMES)

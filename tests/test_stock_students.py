@@ -288,9 +288,7 @@ def test_a_student_goes_from_a_folder_to_stock_diffusers(capfd, tmp_path, monkey
     export(student, tmp_path / "student", facts, teacher.packaging)
     done = command(capfd, "publish", "student", "mine")
     assert done.code == 0, done.err
-    said = (
-        "no evaluation has drawn samples, and the teacher of a student outside of runs, which samples need, is not kn"
-    )
+    said = "no evaluation has drawn samples, and outside of a run its teacher, which samples need, is not known"
     assert f"the model card has no picture of samples: {said}" in done.err
     done = command(capfd, "pull", "mine", "got")
     assert done.out.splitlines()[1] == (

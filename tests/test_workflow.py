@@ -46,12 +46,19 @@ def mistakes(content, base=Path()):
     return []
 
 
+CONVERTED = {"cifar10-ect": "edm-cifar10", "imagenet64-edm-rfpp": "edm-imagenet64"}  # the teachers of presets
+
+
 def test_right_specs_pass():
     assert mistakes(vectors()) == []
     assert mistakes(images()) == []
     for name in presets.names():
         source = specfile.load(presets.find(name))
-        checks.check(source.spec, source.base)
+        if name in CONVERTED:  # what `distill convert` makes first
+            with pytest.raises(InputError, match=f"^spec '{name}': teacher.path: there is no folder {CONVERTED[name]};"):
+                checks.check(source.spec, source.base)
+        else:
+            checks.check(source.spec, source.base)
 
 
 CASES = {
