@@ -263,8 +263,8 @@ def test_another_base_is_refused(place, teacher, tmp_path):
         load_student(folder, CPU, place.model_copy(update={"path": str(other)}))
     ours = teacher.base_digest[:12]
     assert str(caught.value).startswith(
-        f"{folder} holds the adapters of another network than that of teacher.path={other}: it was trained on tiny "
-        f"with the weights {ours}, and these are "
+        f"{folder} holds the adapters of another network than the SD3Transformer2DModel from other: it was trained on "
+        f"tiny with the weights {ours}, and these are "
     )
 
 

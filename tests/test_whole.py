@@ -412,7 +412,7 @@ def test_a_lora_is_added_to_the_weights(students, tmp_path):
     card = card_of(tmp_path / "whole")
     assert (card.lora, card.base_digest, card.pipeline) == ({}, "", "StableDiffusion3Pipeline")
     other = write(tmp_path / "other", sd3.pipeline(version="3.5"))
-    with pytest.raises(InputError, match="holds the adapters of another network than that of teacher.path="):
+    with pytest.raises(InputError, match="holds the adapters of another network than the "):
         packaged.export(student, tmp_path / "more", packaged.Package("fp32", CheckpointTeacher(path=str(other))))
 
 

@@ -90,12 +90,15 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
 def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
     """A teacher, which may be a LoRA student of `own`, the teacher of the spec."""
     folder = Path(given.path) if isinstance(given, CheckpointTeacher) else None
-    if folder is None or not student_card.is_lora(folder):
-        return teachers.load_teacher(given, device, probe=False)
+    if folder is None or own is None or not student_card.is_lora(folder):
+        folder, own = None, given
+    found = teachers.load_teacher(own, device, probe=False)
+    if folder is None:
+        return found
     require_peft()
     from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-    return lora_folder.as_teacher(folder, own, device)
+    return lora_folder.as_teacher(folder, found)
 
 
 def _places(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distill.core.errors import InputError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.codecs import PIXELS
@@ -16,7 +17,7 @@ from distill.networks.adapters import require_peft
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Codec, Conditioning
-from distill.spec.model import TeacherSpec
+from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import native, native_folder
 from distill.teachers import checkpoint
 from distill.teachers.loaded import LoadedTeacher, Packaging
@@ -66,9 +67,9 @@ def load_student(
     shared: that teacher, if it is loaded. A LoRA student then shares its weights.
     """
     card = student_card.read(folder)
+    spec = student_as_teacher(folder, like)
     if card.lora.get("student") is not None:
         return _load_lora(folder, card, device, like, shared)
-    spec = student_as_teacher(folder, like)
     found = checkpoint.read(spec, device, card.kind)
     if native.is_native(found.network):
         student, digest = native_folder.load(found, spec, card.kind), native_folder.digest(found, folder)
@@ -96,7 +97,15 @@ def _load_lora(
     require_peft()
     from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-    student, base, digest = lora_folder.load(folder, card, like, device, shared)
+    if not isinstance(like, CheckpointTeacher):
+        raise InputError(
+            f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
+            f"({card.teacher or 'not named in its card'}) with --teacher"
+        )
+    dtype, base = checkpoint.DTYPES[like.dtype], shared
+    if base is None or base.base_digest != card.base_digest or not _is_there(base.network, device, dtype):
+        base = checkpoint.load(like, device, probe=False)
+    student, digest = lora_folder.load(folder, card, base)
     return LoadedStudent(
         student=student.to(device).eval().requires_grad_(False),
         sampler=card.sampler,
@@ -111,4 +120,12 @@ def _load_lora(
         packaging=base.packaging,
         codec=base.codec,
         base_digest=base.base_digest,
+    )
+
+
+def _is_there(network: nn.Module | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all weights of a network are on a device, and have a data type."""
+    return network is not None and (
+        {each.device.type for each in network.parameters()} == {device.type}
+        and next(network.parameters()).dtype == dtype
     )

@@ -1,6 +1,6 @@
 """The folders of LoRA students. They hold what was trained, and not the weights of the teacher's network.
 
-`load` adds the adapters to the frozen network of the teacher. Several students, and the teacher, then share one network
+`load` puts the adapters on the frozen network of the teacher. Several students, and the teacher, then share one network
 in memory.
 """
 
@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill import teachers
 from distill.core.errors import InputError, RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
@@ -23,11 +22,10 @@ from distill.networks.adapters import ends
 from distill.networks.experts import Experts
 from distill.networks.sharing import ADAPTER, is_shared
 from distill.networks.two_times import TwoNetworks, TwoTimes
-from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import lora_comfy, lora_weights, native, native_folder
 from distill.students.native_folder import ACCELERATION, SECOND_TIME
 from distill.students.stock import Stock
-from distill.teachers import checkpoint, layout
+from distill.teachers import layout
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, NetworkField
 from distill.teachers.read import unreadable
@@ -106,23 +104,11 @@ def _new_layers(network: nn.Module) -> dict[str, Tensor]:
     return {name: each for name, each in network.named_parameters() if not is_shared(each) and ADAPTER not in name}
 
 
-def base_of(like: TeacherSpec | None, card: StudentCard, folder: Path, device: torch.device) -> LoadedTeacher:
-    """The teacher that a LoRA student belongs to. InputError if `like` is none or another one."""
-    if not isinstance(like, CheckpointTeacher):
-        raise InputError(
-            f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
-            f"({card.teacher or 'not named in its card'}) with --teacher"
-        )
-    found = teachers.load_teacher(like, device, probe=False)
-    refuse_other_base(found, like, card, folder)
-    return found
-
-
-def refuse_other_base(base: LoadedTeacher, like: CheckpointTeacher, card: StudentCard, folder: Path) -> None:
-    """InputError if a LoRA student does not belong to a teacher. like: the spec of this teacher."""
+def refuse_other_base(base: LoadedTeacher, card: StudentCard, folder: Path) -> None:
+    """InputError if a LoRA student does not belong to a teacher."""
     if base.base_digest != card.base_digest:
         raise InputError(
-            f"{folder} holds the adapters of another network than that of {like.where}: it was trained on "
+            f"{folder} holds the adapters of another network than the {base.description}: it was trained on "
             f"{card.teacher or 'a teacher'} with the weights {card.base_digest[:12]}, and these are "
             f"{base.base_digest[:12]}; give that teacher"
         )
@@ -138,14 +124,9 @@ def card_of(folder: Path) -> StudentCard:
     return card
 
 
-def load(
-    folder: Path, card: StudentCard, like: TeacherSpec | None, device: torch.device, shared: LoadedTeacher | None
-) -> tuple[native.NativeStudent, LoadedTeacher, str]:
-    """The student in a folder, the teacher whose weights it shares, and the student's digest.
-
-    like: the spec of its teacher. shared: a loaded teacher, whose weights are used if they are the same.
-    """
-    base = shared if shared is not None and _fits(shared, card, like, device) else base_of(like, card, folder, device)
+def load(folder: Path, card: StudentCard, base: LoadedTeacher) -> tuple[native.NativeStudent, str]:
+    """The student in a folder, on the weights of its teacher, and the student's digest."""
+    refuse_other_base(base, card, folder)
     assert base.network is not None
     network, call = native.without_adapters(base.network), native.call_of(base)
     weights = lora_weights.read_diffusers(folder)
@@ -162,13 +143,13 @@ def load(
             student = native.flow_map(network, call, 0, to_data)
             if not to_data:
                 native_folder.load_second_time(student.network.gap, folder / SECOND_TIME)
-    return student, base, digest(base, folder)
+    return student, digest(base, folder)
 
 
-def as_teacher(folder: Path, like: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
-    """A LoRA student as a teacher, in the schedule of its own teacher. like: the spec of that one."""
+def as_teacher(folder: Path, base: LoadedTeacher) -> LoadedTeacher:
+    """A LoRA student as a teacher, in the schedule of its own teacher `base`, to which its adapters are added."""
     card = student_card.read(folder)
-    base = base_of(like, card, folder, device)
+    refuse_other_base(base, card, folder)
     assert base.network is not None and isinstance(base.field, EdmField | NetworkField)
     lora_weights.add_to(base.network, lora_weights.read_diffusers(folder))
     return replace(
@@ -189,15 +170,6 @@ def digest(base: LoadedTeacher, folder: Path) -> str:
             with path.open("rb") as file:
                 found.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashlib.sha256(" ".join(found).encode()).hexdigest()
-
-
-def _fits(shared: LoadedTeacher, card: StudentCard, like: TeacherSpec | None, device: torch.device) -> bool:
-    """Whether the weights of a loaded teacher are those that a student needs, and all on the device."""
-    if shared.network is None or shared.base_digest != card.base_digest or not isinstance(like, CheckpointTeacher):
-        return False
-    places = {each.device.type for each in shared.network.parameters()}
-    dtype = checkpoint.DTYPES[like.dtype]
-    return places == {device.type} and next(shared.network.parameters()).dtype == dtype
 
 
 def _load_new_layers(network: nn.Module, path: Path) -> None:

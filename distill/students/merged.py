@@ -29,8 +29,7 @@ def merge_student(folder: Path, spec: CheckpointTeacher, out: Path, scale: float
     """
     card = lora_folder.card_of(folder)
     base = teachers.load_teacher(in_size_of(card.shape, spec) or spec, CPU, probe=False, prompts=1)
-    lora_folder.refuse_other_base(base, spec, card, folder)
-    student, _, _ = lora_folder.load(folder, card, spec, CPU, base)
+    student, _ = lora_folder.load(folder, card, base)
     for module in student.modules():
         if isinstance(module, PeftLayer):
             for adapter in module.scaling:
