@@ -172,7 +172,13 @@ def test_every_convention_says_what_it_is():
 def test_the_table_names_every_network_that_can_be_a_teacher(capfd, monkeypatch):
     rows = overview.supported()
     named = [name for row in rows for name in row.networks]
-    students = {"FlowMapUNet2DModel", "AccelerationUNet2DModel", "FlowMapMLP", "AccelerationMLP", "FlowMapEdmUNet2DModel"}
+    students = {
+        "FlowMapUNet2DModel",
+        "AccelerationUNet2DModel",
+        "FlowMapMLP",
+        "AccelerationMLP",
+        "FlowMapEdmUNet2DModel",
+    }
     assert sorted(named) == sorted(architectures.known().keys() - students)
     assert rows[0].networks == ["UNet2DModel", "VelocityUNet2DModel"]
     assert len(json.loads(command(capfd, "teachers", "--json").out)) == len(rows)

@@ -55,7 +55,9 @@ def test_right_specs_pass():
     for name in presets.names():
         source = specfile.load(presets.find(name))
         if name in CONVERTED:  # what `distill convert` makes first
-            with pytest.raises(InputError, match=f"^spec '{name}': teacher.path: there is no folder {CONVERTED[name]};"):
+            with pytest.raises(
+                InputError, match=f"^spec '{name}': teacher.path: there is no folder {CONVERTED[name]};"
+            ):
                 checks.check(source.spec, source.base)
         else:
             checks.check(source.spec, source.base)
