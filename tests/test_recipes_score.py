@@ -161,6 +161,7 @@ def test_the_adversarial_gradient_goes_through_the_critic_to_the_samples():
     assert torch.allclose(student.b.grad, grads[0], rtol=1e-5) and torch.allclose(student.a.grad, grads[1], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_the_critic_learns_the_velocity_of_the_samples():
     """Its gradient is zero in the mean at that velocity, and at no other."""
 
@@ -188,10 +189,11 @@ def test_the_discriminator_is_at_rest_at_the_exact_logit():
     assert abs(shift.grad.item()) < 1e-12 and found.logs["told_apart"].item() == pytest.approx(2 * math.log(2))
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("steps", [2, 4])
 def test_backward_simulation_keeps_the_law_of_an_exact_student(steps):
     """Jumps by the exact flow map and fresh noise have the law of the data at every step, as in sampling."""
-    made, count = Recipe(Config(steps=steps), exact.teacher(exact.FIELD)), 40_000
+    made, count = Recipe(Config(steps=steps), exact.teacher(exact.FIELD)), 100_000
     student, seen = (
         exact.Network(lambda x_t, t, s, cond: seen.add(t[0].item()) or exact.FLOW_MAP(x_t, t, s, cond)),
         set(),
@@ -199,7 +201,7 @@ def test_backward_simulation_keeps_the_law_of_an_exact_student(steps):
     for step in range(12):
         samples = made.generate({"student": student}, exact.batch(count), exact.context(count, step=step))
         assert torch.allclose(samples.mean(0), exact.MEAN, atol=5 * 1.3 / math.sqrt(count))
-        assert torch.allclose(samples.std(0), exact.STD, rtol=5 / math.sqrt(2 * count))
+        assert torch.allclose(samples.std(0), exact.STD, rtol=0.015)
     assert seen == {1 - k / steps for k in range(steps)}
 
 

@@ -184,7 +184,7 @@ def _check_fit(empty: ModelMixin, source: Original) -> None:
     x, t = torch.empty(1, *source.shape, device=meta), torch.empty(1, device=meta)
     try:
         found = architecture.call(empty, x, t, {name: each.to(meta) for name, each in cond.items()})
-    except NotImplementedError:
+    except NotImplementedError:  # Lumina 2 and Z-Image compute what has no meaning without values
         return
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError, ArithmeticError) as error:
         raise InputError(
