@@ -1,15 +1,22 @@
 """Configuration of the test suite: run-time type checks, running the suite in parts, and skipped tests as failures."""
 
 import abc
+import atexit
 import functools
 import gc
 import os
+import shutil
 import sys
+import tempfile
 import typing
 
 sys.dont_write_bytecode = False  # as for most people: what Python would write beside their files is seen
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+# diffusers copies the pipeline.py of every student to the same file of this folder: each worker needs its own.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 gc.disable()  # until all tests are collected: hundreds of modules are imported, none goes away again
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import HF_MODULES_CACHE
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from distill.core.errors import InputError, RunError
@@ -156,6 +158,22 @@ def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(exported
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=more, output_type="pt").images
         assert torch.equal(theirs, ours(student, card, noise, steps)), steps
     assert pipeline.unet.training is False
+
+
+def test_exports_at_the_same_time_do_not_load_each_others_code(tmp_path, monkeypatch):
+    """diffusers copies every pipeline.py to one file: no other process may replace it before it is imported."""
+    student, card = make("mlp")
+    locked, load = [], DiffusionPipeline.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        with pytest.raises(Timeout):
+            FileLock(Path(HF_MODULES_CACHE) / "distill.lock", timeout=0).acquire()
+        locked.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", from_pretrained)
+    export(student, tmp_path / "s", card)
+    assert len(locked) == 1
 
 
 def test_pipelines_that_one_process_has_loaded_keep_their_own_samplers(pipelines):

@@ -11,7 +11,9 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers.utils import HF_MODULES_CACHE
 from diffusers.utils import logging as diffusers_logging
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -120,7 +122,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     """RunError unless plain diffusers reads the same weights, bit for bit, and makes the same samples."""
     with quiet(), torch.random.fork_rng(devices=[]):  # loading initialises the networks at random first
-        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        pipeline = _loaded(folder)
     written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
     for name, tensor in written.items():
         if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):
@@ -142,6 +144,18 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
                 f"export failed: at {steps} steps, the exported student generates other samples in diffusers than in "
                 f"distill from the same noise, max difference {error:.3g} (allowed {allowed:.3g}); nothing was exported"
             )
+
+
+def _loaded(folder: Path) -> DiffusionPipeline:
+    """The student's pipeline, from the code in its folder.
+
+    diffusers copies the pipeline.py of every local folder to the same file, and imports the class from there. Without
+    the lock, a process that exports another student at this moment could replace the file in between.
+    """
+    modules = Path(HF_MODULES_CACHE)
+    modules.mkdir(parents=True, exist_ok=True)
+    with FileLock(modules / "distill.lock"):
+        return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
 def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
