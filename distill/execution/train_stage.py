@@ -27,7 +27,7 @@ from distill.protocols import Adapter, ForSteps, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
-from distill.spec import pairspec, resolved
+from distill.spec import resolved
 from distill.spec.model import CheckpointTeacher, RunSpec, TrainStage
 from distill.students import adapting, loaded
 from distill.students.exporting import export
@@ -99,7 +99,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         null_class=init.null_class,
         unconditional=asked.unconditional,
         guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
-        guidance=pairspec.field_settings_of(work.spec, stage).more_words,
+        guidance=work.spec.guidance_of_pairs(stage).more_words,
         weights=stage.export,
         images=stage.images,
         lora={
@@ -123,7 +123,7 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
     """Scales of teacher and pairs multiply: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
     if teacher is None:
         return 1.0
-    settings = pairspec.field_settings_of(spec, stage)
+    settings = spec.guidance_of_pairs(stage)
     return teacher.guidance_scale * (1.0 if settings.form.is_auto else settings.guidance_scale)
 
 

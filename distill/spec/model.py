@@ -41,6 +41,7 @@ from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     TarsData,
     VideosData,
 )
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.rolespec import LoraSpec, MlpSpec, NetworkSpec, StudentSpec, UNetSpec  # noqa: F401  (parts of the spec)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
 
@@ -339,6 +340,11 @@ class RunSpec(FrozenModel):
     def processes(self, stage: str) -> tuple[int, int]:
         """(nodes, processes per node) that compute a stage."""
         return (self.launch.nodes, self.launch.procs) if self.uses_all(stage) else (1, 1)
+
+    def guidance_of_pairs(self, stage: TrainStage) -> FieldSettings:
+        """The settings with which the pairs of a train stage are made; they are the same for all of them."""
+        solved = [self.stages[name] for name in stage.pair_shares]
+        return next((each.field_settings for each in solved if isinstance(each, PairsStage)), UNCHANGED)
 
     @property
     def hub_inputs(self) -> set[str]:

@@ -7,7 +7,7 @@ from distill.core.errors import InputError
 from distill.solvers import find_solver
 from distill.spec import guidancespec
 from distill.spec.apportion import rows_by_share
-from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.guidancespec import FieldSettings
 from distill.spec.kinds import AUTO, FITTED, either, inverting_solvers
 from distill.spec.layout import Layout, excess
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
@@ -95,12 +95,6 @@ def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
     solved = [spec.stages[name] for name in stage.pair_shares]
     found = [each.times_of_states for each in solved if isinstance(each, PairsStage)]
     return found[0] if found and all(times == found[0] for times in found) else None
-
-
-def field_settings_of(spec: RunSpec, stage: TrainStage) -> FieldSettings:
-    """The settings with which the pairs of a train stage are made; they are the same for all of them."""
-    solved = [spec.stages[name] for name in stage.pair_shares]
-    return next((each.field_settings for each in solved if isinstance(each, PairsStage)), UNCHANGED)
 
 
 def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
