@@ -8,11 +8,9 @@ from pathlib import Path
 
 import latent_runs
 import pytest
-import test_teacher_unet_condition as sd
-import test_teacher_wan as wan
 import tiny
 import torch
-from latent import CPU, conditions, normal, ours, same, vp_grid
+from latent import CPU, conditions, normal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,7 +23,6 @@ from distill.students.lora_comfy import why_not, write_comfy
 from distill.students.lora_verify import verify
 from distill.students.lora_weights import (
     FILE,
-    FILE_2,
     LoraLayer,
     LoraWeights,
     add_to,
@@ -175,35 +172,6 @@ def test_adapters_that_change_nothing_yet_are_no_failure(flux, tmp_path):
         verify(
             tmp_path, StudentInit(teacher, None, teacher.shape, None, 0, teacher).velocity_field(), teacher.shape, {}
         )
-
-
-def test_latents_of_stock_pipelines(tmp_path):
-    """With the files for diffusers and for ComfyUI, all steps of the stock pipelines are those of our networks."""
-    rows = sd.embeddings(2, xl=True)
-    noise, null = normal(3, 4, 8, 12), {name: each[:1].expand_as(each) for name, each in rows.items()}
-    for name, latents, grid, start in (
-        ("sdxl", lambda stock: sd.stock_latents(stock, noise, rows, null, 1.0), vp_grid, noise),
-        ("wan 2.2", lambda stock: wan.theirs(stock, 1.0), lambda scheduler: scheduler.sigmas, wan.NOISE),
-    ):
-        place = tiny.TINY[name].write(tmp_path / name)
-        plain, folder = load_teacher(CheckpointTeacher(**place), CPU), tmp_path / f"{name} LoRA"
-        found = copy.deepcopy(plain)
-        add_to(found.network, from_network(student(place)[1].network))
-        files, stock = written(folder, found), tiny.TINY[name].pipeline()
-        without = latents(stock)
-        same(ours(plain, grid(stock.scheduler), start), without)
-        stock.load_lora_weights(folder)
-        if len(files) > 1:
-            stock.load_lora_weights(folder, weight_name=FILE_2, load_into_transformer_2=True)
-        expected = ours(found, grid(stock.scheduler), start)
-        same(latents(stock), expected)
-        assert (expected - without).abs().max() > 0.01
-        stock.unload_lora_weights()
-        assert torch.equal(latents(stock), without)
-        stock.load_lora_weights(files[0])
-        if len(files) > 1:
-            stock.load_lora_weights(files[1], load_into_transformer_2=True)
-        same(latents(stock), expected)
 
 
 def test_a_run_proves_its_files(tmp_path, capfd):

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from choices import few
 from diffusers import DDIMScheduler, LCMScheduler
 from latent import CPU, conditions, edit, load, normal
 from safetensors.torch import load_file, save_file
@@ -18,10 +20,13 @@ from distill.networks.two_times import ToData, TwoTimes
 from distill.protocols import Trained
 from distill.spec.model import CheckpointTeacher
 from distill.spec.rolespec import LoraSpec
-from distill.students import adapting, stock
+from distill.students import adapting, native, stock
+from distill.students.comfy_keys import key_list
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
+from distill.students.lora_comfy import changed_layers, why_not_in_diffusers
+from distill.students.lora_weights import from_network, needs_peft
 from distill.students.sampling import by_sampler, num_fresh, times_of, usual_grid
 from distill.teachers.network_field import LinearCall
 from recipes.score import dmd2
@@ -206,26 +211,32 @@ def test_students_of_several_steps_are_trained_at_the_times_at_which_they_are_sa
             assert (first - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def with_lora(folder: Path, subject: TinyPipeline, sampler: str, amount: float = 0.05):
+    """A LoRA student of two steps of the subject's teacher, exported and loaded again."""
+    teacher = subject.teacher(folder)
+    init = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher, shares=True)
+    made = init.velocity_field() if sampler == "euler" else init.flow_map(to_data=True)
+    module = adapting.one("student", Trained(made), {"student": LoraSpec(rank=2)}, 0).module.eval()
+    with torch.no_grad():
+        for i, each in enumerate(p for p in module.parameters() if p.requires_grad):
+            each += amount * normal(*each.shape, seed=i)
+    card = StudentCard(
+        name="s", recipe="score/dmd2", spec_digest="", teacher_digest=teacher.digest, sampler=sampler,
+        kind="velocity" if sampler == "euler" else "flow_map", shape=teacher.shape, weights="raw", images=1,
+        num_classes=init.num_classes if init.has_classes else None, null_class=init.null_class, trained_steps=2,
+        lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])}, base_digest=teacher.base_digest,
+    )  # fmt: skip
+    export(module, folder / "student", card, teacher.packaging)
+    rows = {"conditions": str(folder / "rows.safetensors")} if subject.rows else {}
+    spec = CheckpointTeacher(path=str(folder / "pipeline"), **rows, **subject.fields)
+    return load_student(folder / "student", CPU, spec)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_the_pipeline_of_the_teacher_samples_a_lora_with_the_students_scheduler(tmp_path, name):
     subject = PIPELINES[name]
-    teacher = subject.teacher(tmp_path)
-    init = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher, shares=True)
-    role = Trained(init.flow_map(to_data=True))
-    module = adapting.one("student", role, {"student": LoraSpec(rank=2)}, 0).module.eval()
-    with torch.no_grad():
-        for i, each in enumerate(p for p in module.parameters() if p.requires_grad):
-            each += 0.05 * normal(*each.shape, seed=i)
-    card = StudentCard(
-        name="s", recipe="score/dmd2", spec_digest="", teacher_digest=teacher.digest, kind="flow_map",
-        sampler="renoise", num_classes=None, null_class=None, shape=teacher.shape, weights="raw", images=1,
-        lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])}, base_digest=teacher.base_digest, trained_steps=2,
-    )  # fmt: skip
-    export(module, tmp_path / "student", card, teacher.packaging)
-    rows = str(tmp_path / "rows.safetensors")
-    spec = CheckpointTeacher(path=str(tmp_path / "pipeline"), conditions=rows, **subject.fields)
-    student, written = load_student(tmp_path / "student", CPU, spec), read(tmp_path / "student")
+    student, written = with_lora(tmp_path, subject, "renoise"), read(tmp_path / "student")
     assert isinstance(student.network, ToData)
     assert written.stock.arguments == {"guidance_scale": 1}
     assert written.stock.steps == ([2] if name == "sd3" else None)
@@ -240,3 +251,45 @@ def test_the_pipeline_of_the_teacher_samples_a_lora_with_the_students_scheduler(
     text = (tmp_path / "student" / "README.md").read_text()
     steps = " of 2" if name == "sd3" else ""
     assert f"Call it with `num_inference_steps`{steps} and `guidance_scale=1` |" in text
+
+
+def loaded_by(pipeline, folder, network):
+    """Loads the LoRA of a student into a pipeline from one kind of files after the other, and takes it out again."""
+    weights = from_network(native.base_of(network))
+    (component,) = {weights.component} - {"transformer_2"}
+    if needs_peft(weights.network):
+        yield peft.PeftModel.from_pretrained(getattr(pipeline, component), folder)
+        return
+    files = [sorted(folder.glob("pytorch_lora_weights*.safetensors"))]
+    layers = changed_layers(weights, native.base_of(network)).values()
+    keys = key_list(weights.network)
+    if keys is not None and not any(why_not_in_diffusers(each, keys, rows) for each, rows in layers):
+        files.append(sorted((folder / "comfyui").glob("*.safetensors"), key=lambda path: "low" in path.stem))
+    for first, *second in files:
+        pipeline.load_lora_weights(first)
+        for path in second:
+            pipeline.load_lora_weights(path, load_into_transformer_2=True)
+        yield first
+        pipeline.unload_lora_weights()
+
+
+@pytest.mark.parametrize("name", few(PIPELINES, "sdxl", "wan 2.2"))
+def test_the_pipeline_of_the_teacher_makes_the_samples_of_a_lora(tmp_path, name):
+    """With the file for diffusers, and with the one for ComfyUI where diffusers reads it."""
+    subject = PIPELINES[name]
+    amount = 2.0 if name == "aura flow" else 0.3  # attention changes the output of this tiny network little
+    student, folder = with_lora(tmp_path, subject, "euler", amount), tmp_path / "student"
+    how, noise, steps = read(folder).stock, subject.noise, 1 if name == "cogview4" else 2
+    assert how.steps is None or steps in how.steps
+    times, cond = times_of(student, steps), conditions(student, len(noise))
+    expected = by_sampler(student.student, "euler", noise, times, cond, [])
+    pipeline = subject.pipeline(folder)
+
+    def sampled():
+        return subject.call(pipeline, noise, subject.rows, num_inference_steps=steps, **how.arguments)
+
+    without = sampled()
+    assert (without - expected).abs().max() > 1e-3 * expected.abs().max()
+    for _ in loaded_by(pipeline, folder, student.network):
+        assert (sampled() - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert needs_peft(type(native.base_of(student.network)).__name__) or torch.equal(sampled(), without)
