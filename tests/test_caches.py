@@ -218,6 +218,46 @@ def test_two_runs_can_make_the_same_cache_at_once(tmp_path, codec, whole):
     assert folder_bytes(tmp_path) == folder_bytes(whole)
 
 
+def test_shards_that_another_run_makes_in_the_meantime_are_taken_over(tmp_path, codec, whole):
+    read = []
+
+    class Slow(ArrayData):
+        def items(self, epoch, indices):
+            if not read:
+                make(tmp_path, codec)  # all of them, by another run
+            read.extend(indices)
+            return super().items(epoch, indices)
+
+    make(tmp_path, codec, Slow("images", IMAGES._images, IMAGES._labels, 3))
+    assert sorted(read) == list(range(8)), "only the first of three shards"
+    assert folder_bytes(tmp_path) == folder_bytes(whole)
+
+
+def test_processes_that_mend_a_complete_set_keep_each_others_checksums(tmp_path, codec):
+    """Also if the device of one rounds otherwise."""
+
+    class Other:
+        def __getattr__(self, name):
+            return getattr(codec, name)
+
+        def moments(self, pixels):
+            mean, log_variance = codec.moments(pixels)
+            return mean * (1 + 1e-5), log_variance
+
+    class Slow(ArrayData):
+        def items(self, epoch, indices):
+            if indices[0] == 0:
+                make(tmp_path, Other(), part=(1, 3))  # meanwhile, by the second process
+            return super().items(epoch, indices)
+
+    make(tmp_path, codec)
+    for name in ("shard-00000.safetensors", "shard-00001.safetensors"):
+        (tmp_path / name).unlink()
+    make(tmp_path, codec, Slow("images", IMAGES._images, IMAGES._labels, 3), part=(0, 3))
+    verify(tmp_path)
+    assert open_latents(tmp_path, 0).manifest.done
+
+
 def test_interrupted_work_is_continued_to_the_same_bytes(tmp_path, codec, whole):
     stop = StopRequest()
 

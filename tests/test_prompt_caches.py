@@ -125,6 +125,15 @@ def test_a_device_with_other_last_bits_goes_on_with_the_same_unconditional_row(t
     assert conditions.read(tmp_path).digest == conditions.read(whole).digest
     assert (tmp_path / "null.safetensors").read_bytes() == (whole / "null.safetensors").read_bytes()
 
+    (tmp_path / "null.safetensors").write_bytes(b"")  # damaged, and made again by the other device
+    make(tmp_path, other)
+    verify(tmp_path)
+    assert folder_bytes(tmp_path)["shard-00000.safetensors"] == folder_bytes(whole)["shard-00000.safetensors"]
+
+    (tmp_path / "begun").mkdir()  # killed when only this row had been written
+    shutil.copy(whole / "null.safetensors", tmp_path / "begun")
+    assert conditions.read(make(tmp_path / "begun", other)).digest == conditions.read(whole).digest
+
 
 def test_embeddings_are_stored_in_the_data_type_and_refused_if_they_are_too_large(tmp_path, lengths):
     class Large(OfTheirLengths):

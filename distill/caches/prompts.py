@@ -13,7 +13,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.data.prompts import Prompts
 from distill.runs.progress import Progress
-from distill.shards import make
+from distill.shards import make, make_folder
 from distill.shards import manifest as files
 from distill.shards.values import DTYPES
 from distill.spec import cachespec
@@ -65,9 +65,6 @@ def generate(
         raise InputError(mistake)
     null = _stored(encoders.null(stage.negative), stage, "the unconditional prompt")
     content = save(null)
-    sha256, begun = hashlib.sha256(content).hexdigest(), files.read(KIND, folder)
-    if begun is not None and not null_faults(folder, begun):
-        sha256 = begun.null_sha256  # its last bits depend on the device and the number of threads
     planned = PromptManifest(
         encoder_digest=encoders.digest,
         prompts_digest=prompts.digest if isinstance(prompts, Prompts) else Prompts.of(prompts).digest,
@@ -78,8 +75,10 @@ def generate(
         block=stage.block,
         shard=stage.prompts_shard,
         null_rows=_shapes(null),
-        null_sha256=sha256,
+        null_sha256=hashlib.sha256(content).hexdigest(),
     )
+    make_folder(KIND, folder)
+    planned = _with_null_row(planned, folder, content)
 
     def solve(block: range) -> dict[str, Tensor]:
         rows = encoders.rows(prompts[block.start : block.stop])
@@ -87,8 +86,6 @@ def generate(
         return _stored(rows, stage, f"one of the prompts {block.start} to {block.stop - 1}")
 
     def begin(is_new: bool) -> None:
-        if null_faults(folder, planned):
-            write_atomic(folder / NULL_FILE, content)
         if not (folder / FIRST_PROMPTS).exists():
             write_json(folder / FIRST_PROMPTS, captions(prompts[:CAPTIONS]))
 
@@ -105,6 +102,22 @@ def generate(
         part=part,
         begin=begin,
     )
+
+
+def _with_null_row(planned: PromptManifest, folder: Path, content: bytes) -> PromptManifest:
+    """The planned manifest for the unconditional row that the folder has, which is written if it is missing or damaged.
+
+    Its last bits depend on the device and the number of threads, so of several processes the first one writes it.
+    """
+    begun = files.read(KIND, folder)
+    if begun is None:
+        write_atomic(folder / NULL_FILE, content, replace=False)
+    elif begun.differences(planned):
+        return planned  # the folder has another set, which is refused
+    elif null_faults(folder, begun):
+        write_atomic(folder / NULL_FILE, content)
+        begun.model_copy(update={"null_sha256": planned.null_sha256}).save(folder)
+    return planned.model_copy(update={"null_sha256": files.file_sha256(folder / NULL_FILE)})
 
 
 def _encode(blocks: Sequence[Mapping[str, Tensor]], indices: range) -> tuple[bytes, PromptShard]:

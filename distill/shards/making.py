@@ -50,12 +50,7 @@ def make(
 
     InputError if the folder holds another set or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{kind.items} cannot be written to {folder}: {error.strerror}; name another folder"
-        ) from error
+    make_folder(kind, folder)
     layout, ours = planned.layout, planned.layout.part(part)
     manifest = resume(kind, planned, folder, ours, progress)
     missing = [number for number in ours if layout.name(number) not in manifest.shards]
@@ -64,9 +59,14 @@ def make(
     space.require(folder, left * item_bytes, f"{left:,} {kind.items}")
     begin(done == 0 and bool(ours) and ours.start == 0)
     progress.start(done)
-    listed = dict(manifest.shards)
+    listed, others = dict(manifest.shards), dict[str, E]()
     for already, number in enumerate(missing, start=kept):
         name, indices = layout.name(number), layout.indices(number)
+        if kind.shared and (entry := _made_meanwhile(kind, folder, layout, name, others)) is not None:
+            listed[name] = entry
+            done += len(indices)
+            progress.update(done, {})
+            continue
         blocks: list[B] = []
         for start in range(indices.start, indices.stop, block):
             stop.raise_if_requested(f"{already} of {len(ours)} shards in {folder}")
@@ -77,7 +77,7 @@ def make(
         content, listed[name] = encode(blocks, indices)
         write_atomic(folder / name, content)
         write_atomic(shard_record(folder / name), listed[name].model_dump_json())
-    if part is not None and len(listed) < layout.files:
+    if part is not None and (missing or len(listed) < layout.files):
         listed = listed | files.records(kind, folder, layout)[0]  # the part that ends last completes the set
     completed = None
     if len(listed) == layout.files and not manifest.done:
@@ -88,6 +88,31 @@ def make(
     if part is None:
         remove_records(folder, layout)
     return completed
+
+
+def make_folder(kind: SetKind[M, E], folder: Path) -> None:
+    """Make the folder of a set, unless it is there. InputError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{kind.items} cannot be written to {folder}: {error.strerror}; name another folder"
+        ) from error
+
+
+def _made_meanwhile(kind: SetKind[M, E], folder: Path, layout: Layout, name: str, others: dict[str, E]) -> E | None:
+    """The entry of a shard that another run has made since this one began; None if there is no intact one.
+
+    others: the entries of the set that another run has completed, once they were read.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    found = files.record(kind, shard_record(path), layout)[0]
+    if found is None and not others and (manifest := files.read(kind, folder)) is not None:
+        others.update(manifest.shards)
+    found = found or others.get(name)
+    return found if found is not None and files.fault(path, found) is None else None
 
 
 def remove_records(folder: Path, layout: Layout) -> None:

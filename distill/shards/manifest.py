@@ -91,20 +91,28 @@ def records(kind: SetKind[M, E], folder: Path, layout: Layout) -> tuple[dict[str
     found, faults = dict[str, E](), dict[str, str]()
     for path in sorted(folder.glob("shard-*.json")):
         name = path.with_suffix(".safetensors").name
-        number = layout.number(name)
-        content, wrong = _content(path, MAX_RECORD)
-        if number is None or (content is None and not wrong):  # another process has just completed the set
-            continue
-        try:
-            file = None if content is None else _parsed(kind.entry, content)
-            wrong = wrong if file is None else misfit(kind.items, layout.indices(number), file)
-        except ValidationError as error:
-            file, wrong = None, f"is damaged ({_first(error)})"
+        file, wrong = record(kind, path, layout)
         if wrong:
-            faults[name] = f"{path} {wrong}"
+            faults[name] = wrong
         elif file is not None:
             found[name] = file
     return found, faults
+
+
+def record(kind: SetKind[M, E], path: Path, layout: Layout) -> tuple[E | None, str]:
+    """(the entry in a record, what is wrong with it). (None, "") if there is no record, or it belongs to no shard."""
+    number = layout.number(path.with_suffix(".safetensors").name)
+    content, wrong = _content(path, MAX_RECORD)
+    if number is None or (content is None and not wrong):  # another process has just completed the set
+        return None, ""
+    file = None
+    try:
+        if content is not None:
+            file = _parsed(kind.entry, content)
+            wrong = misfit(kind.items, layout.indices(number), file)
+    except ValidationError as error:
+        wrong = f"is damaged ({_first(error)})"
+    return (None, f"{path} {wrong}") if wrong else (file, "")
 
 
 def misfit(items: str, indices: range, file: ShardEntry) -> str:
