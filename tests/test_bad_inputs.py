@@ -316,7 +316,7 @@ def test_a_run_name_in_use(capfd, tmp_path):
 def test_resume_with_a_changed_spec(capfd, tmp_path):
     make_run(tmp_path / "runs")
     said = (
-        "run 'one' cannot be resumed with a changed spec (only launch may change):\n"
+        "run 'one' cannot be resumed with a changed spec (only launch and data.max_unreadable may change):\n"
         f"  seed: 0 -> 3\n  stages.pairs.count: {PAIRS.count} -> 100\n"
         "start another run with --name OTHER, or undo the change"
     )
@@ -361,7 +361,7 @@ def test_resume_with_a_changed_recipe(capfd, tmp_path):
     shutil.copy(run.spec, tmp_path / "s.yaml")
     (tmp_path / "mine.py").write_text(text + "\n")
     said = (
-        "run 'one' cannot be resumed with a changed spec (only launch may change):\n"
+        "run 'one' cannot be resumed with a changed spec (only launch and data.max_unreadable may change):\n"
         "  recipe ./mine.py: its file has changed\nstart another run with --name OTHER, or undo the change"
     )
     refuse(capfd, tmp_path, ["run", "s.yaml", "--resume"], said)

@@ -523,8 +523,8 @@ REFUSED = {
     ),
     "another spec": (
         ["digits", "--resume", "--recipes", "reflow", "--name", "two", "seed=5"],
-        "run 'two' cannot be resumed with a changed spec (only launch may change):\n  seed: 0 -> 5\nstart another run "
-        "with --name OTHER, or undo the change",
+        "run 'two' cannot be resumed with a changed spec (only launch and data.max_unreadable may change):\n"
+        "  seed: 0 -> 5\nstart another run with --name OTHER, or undo the change",
     ),
     "another chain": (
         ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],

@@ -533,7 +533,7 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
     assert command(capfd, "run", "one", "--resume", "--procs", "4", "--store", "runs").code == 0
     assert started == [2, 4]
     (changed,) = [
-        e["changes"] for e in read_events(RunPaths(tmp_path / "runs" / "one")) if e["event"] == "launch changed"
+        e["changes"] for e in read_events(RunPaths(tmp_path / "runs" / "one")) if e["event"] == "spec changed"
     ]
     assert changed == ["launch.procs: 2 -> 4"]
     assert command(capfd, "run", "mixture-2d", "--procs", "0").code == 2

@@ -364,5 +364,7 @@ def test_other_rounds_are_no_way_to_go_on(capfd, tmp_path):
     make_run(tmp_path / "runs", "digits")
     done = command(capfd, "reflow", "digits", "--resume", "--rounds", "2")
     assert done.code == 2
-    assert done.err.startswith("error: run 'digits' cannot be resumed with a changed spec (only launch may change):\n")
+    assert done.err.startswith(
+        "error: run 'digits' cannot be resumed with a changed spec (only launch and data.max_unreadable may change):\n"
+    )
     assert "\n  stages.reflow-2: " in done.err

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from runs import distill, folder_bytes
 
 from distill.core.records import read_json
+from distill.exchange import student_card
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec import presets
 
@@ -26,6 +29,19 @@ stages:
     export: 32
 """
 
+ON_IMAGES = """
+name: one
+data: {kind: images, path: images, size: 8, channels: 1}
+stages:
+  teach:
+    kind: train
+    recipe: pretrain/flow_matching
+    network: {kind: unet, channels: [8], norm_groups: 4}
+    images: 48
+    batch_size: 4
+    checkpoint: {images: 4}
+"""
+
 
 @pytest.mark.process
 @pytest.mark.parametrize(("code", "ends"), [(0, 1), pytest.param(7, 7, marks=pytest.mark.long)])
@@ -43,6 +59,32 @@ def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path,
     assert (done.returncode, done.stderr.splitlines()[-1]) == (ends, said)
     *_, last = read_events(RunPaths(run))
     assert (last["event"], last["message"]) == ("failed", message)
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_a_run_that_met_a_damaged_image_goes_on_when_one_may_be_skipped(tmp_path):
+    """That the image is damaged turns out when it is first decoded. What was trained until then is kept."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for i, each in enumerate(noise):
+        Image.fromarray(each).save(tmp_path / "images" / f"{i:02}.png")
+    path = tmp_path / "images" / "20.png"
+    content = bytearray(path.read_bytes())
+    content[60:70] = bytes(10)  # in the middle: the header and the end are fine
+    path.write_bytes(content)
+    (tmp_path / "s.yaml").write_text(ON_IMAGES)
+    env = {"OMP_NUM_THREADS": "1"}
+    done = distill("run", "s.yaml", cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "1 of 24 images cannot be decoded" in done.stderr
+    assert "or increase data.max_unreadable (now 0)" in done.stderr
+    done = distill("run", "one", "--resume", "data.max_unreadable=1", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    run = RunPaths(tmp_path / "runs" / "one")
+    (changed,) = [event for event in read_events(run) if event["event"] == "spec changed"]
+    assert changed["changes"] == ["data.max_unreadable: 0 -> 1"]
+    assert student_card.verify(run.student("teach")).images == 48
 
 
 @pytest.mark.process
@@ -101,7 +143,7 @@ def test_what_is_gone_is_made_again_to_the_same_bytes(tmp_path):
     ]
     assert folder_bytes(run.student("straight")) == student
     assert folder_bytes(run.stage("pairs").pairs) == pairs
-    (changed,) = [event for event in read_events(run) if event["event"] == "launch changed"]
+    (changed,) = [event for event in read_events(run) if event["event"] == "spec changed"]
     assert changed["changes"] == ["launch.micro_batch: null -> 32"]
 
     # the resolved spec is itself a spec: the same digest, the same student

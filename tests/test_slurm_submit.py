@@ -219,7 +219,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
     ]
     done = submit(capfd, "mix", "--resume", "--nodes=2", code=2)
     assert done.err == (
-        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}), so launch cannot change "
+        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}), so the spec cannot change "
         "(launch.nodes: 1 -> 2); wait for them, or: distill cancel mix\n"
     )
     done = command(capfd, "clean", "mix", "--all", "--yes")

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import distill.spec.model
     import distill.spec.specfile
 
+# What may change when a run is resumed. Neither changes a sample: images that cannot be read are replaced anyway.
+MAY_CHANGE = ("launch.", "data.max_unreadable:")
+
 
 def find(given: str, changes: Sequence[str], name: str | None) -> "distill.spec.specfile.SpecSource":
     """Load a spec by the path of its file or the name of a preset. name: replaces the name of the run."""
@@ -204,9 +207,10 @@ def go_on(
 ) -> "distill.spec.model.RunSpec":
     """Check that an existing run can be resumed with a spec, and return the spec.
 
-    Only `launch` may differ; a new `launch` is written to the run. Raises InputError for any other difference.
+    Only the fields of `MAY_CHANGE` may differ; their new values are written to the run. Raises InputError for any other
+    difference.
 
-    here: see `checked`. live: ids of jobs that use the old `launch`; if there are any, it must not change.
+    here: see `checked`. live: ids of jobs that use the old spec; if there are any, it must not change.
     trains: this version of distill will train the unfinished stages, so its random numbers must be those of the run.
     """
     from distill.core import versions
@@ -223,24 +227,21 @@ def go_on(
     else:
         new = resolved.resolve(source.spec, source.base).spec
     source = replace(source, spec=new)
-    changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("launch.", "name:"))]
+    changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("name:", *MAY_CHANGE))]
     for recipe, content in _own_recipes(source).items():
         if content != (paths.root / recipe).read_bytes():
             changed.append(f"recipe ./{recipe}: its file has changed")
     if changed:
-        raise InputError(
-            "\n  ".join(
-                [f"run '{paths.name}' cannot be resumed with a changed spec (only launch may change):", *changed]
-            )
-            + "\nstart another run with --name OTHER, or undo the change"
-        )
+        may_change = "only launch and data.max_unreadable may change"
+        said = f"run '{paths.name}' cannot be resumed with a changed spec ({may_change}):"
+        raise InputError("\n  ".join([said, *changed]) + "\nstart another run with --name OTHER, or undo the change")
     moved = specfile.differences(old, source.spec.model_copy(update={"name": old.name}))
     if moved and live:
         raise InputError(
-            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so launch cannot change "
+            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so the spec cannot change "
             f"({'; '.join(moved)}); wait for them, or: distill cancel {paths.name}"
         )
     if moved:
         write_atomic(paths.spec, specfile.resolved(source.spec.model_copy(update={"name": old.name})))
-        append_event(paths, "launch changed", changes=moved)
+        append_event(paths, "spec changed", changes=moved)
     return source.spec
