@@ -134,7 +134,7 @@ def test_a_spec_says_auto_and_where_it_cannot(tmp_path):
     spec = specfile.validate({**SPEC, "launch": {"micro_batch": "auto"}}, "s")
     assert spec.digest() == specfile.validate({**SPEC, "launch": {}}, "s").digest()
     (_, step, *_) = planning.steps(resolve(spec, tmp_path))
-    assert step.work == "96 images = 3 steps of 32: 1 x auto (processes, micro-batches that fit into memory)"
+    assert step.work == "96 images = 3 student updates of 32: 1 x auto (processes, micro-batches that fit into memory)"
     for launch, said in (
         ({"zero_stage": 2}, "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or "
             "zero_stage: null"),

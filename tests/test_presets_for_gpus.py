@@ -251,6 +251,15 @@ def test_the_command_at_the_top_is_what_the_spec_says(name):
     assert presets.summary(name).endswith("on GPUs yet.")
 
 
+def test_commands_at_the_top_have_the_options_of_the_command(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [line.split()[1:] for name in SMALL for line in presets.head(name) if line.startswith("  distill ")]
+    assert ["convert", "edm-cifar10-32x32-uncond-vp.pkl", "edm-cifar10"] in found
+    for arguments in found:
+        done = command(capfd, *arguments)
+        assert done.err == f"error: {arguments[1]} does not exist; copy or download it again\n"
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_the_spec_is_valid(name, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -269,7 +278,7 @@ def test_it_is_planned_and_its_jobs_are_written(name, tmp_path, monkeypatch, cap
     assert list(work) == list(spec.stages)
     for stage, each in spec.stages.items():
         if isinstance(each, TrainStage):
-            said = f"{each.images:,} images = {each.images // each.batch_size:,} steps of {each.batch_size}"
+            said = f"{each.images:,} images = {each.images // each.batch_size:,} student updates of {each.batch_size}"
             assert work[stage].startswith(said)
     _, _, *flags = shlex.split(presets.head(name)[0])
     done = command(capfd, *["submit", *flags], "--dry-run", *tiny)

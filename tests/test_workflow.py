@@ -732,11 +732,11 @@ def test_plan_counts_work_and_network_calls():
     spec = specfile.validate(vectors(p={"steps": 5}), "f")
     pairs, train, evaluation = planning.steps(resolve(spec, Path()))
     assert pairs.network_calls == 100 * 9, "heun calls twice per step, except in the last"
-    assert train.work == "1,280 images = 10 steps of 128"
+    assert train.work == "1,280 images = 10 student updates of 128"
     assert train.needs == ["p", "the spec's teacher"]
     divided = specfile.validate(vectors() | {"launch": {"procs": 2, "micro_batch": 16}}, "f")
     work = planning.steps(resolve(divided, Path()))[1].work
-    assert work == "1,280 images = 10 steps of 128: 2 x 4 x 16 (processes, micro-batches, samples)"
+    assert work == "1,280 images = 10 student updates of 128: 2 x 4 x 16 (processes, micro-batches, samples)"
     assert evaluation.network_calls == 2500 * (1 + 2 + 4 + 8 + 16 + 31 + 1)
     changes = {"p": {"steps": 5, "solver": "euler", "guidance_scale": 2}, "e": {"guidance_scale": 2}}
     guided = planning.steps(resolve(specfile.validate(vectors(**changes), "f"), Path()))

@@ -83,7 +83,7 @@ PairsJobsOption = Annotated[
     typer.Option(
         "--pairs-jobs",
         min=1,
-        help="Size of the job array that generates pairs; sets launch.slurm.pairs_jobs.",
+        help="Size of the job arrays that make pairs and caches; sets launch.slurm.pairs_jobs.",
         rich_help_panel=JOB,
     ),
 ]

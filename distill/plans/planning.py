@@ -141,7 +141,7 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
         start = f"a network of another size with weights of {stage.init or teacher}"
     if stage.lora:
         start += f", LoRA ({', '.join(f'{role}: rank {each.rank}' for role, each in stage.lora.items())})"
-    work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
+    work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} student updates of {stage.batch_size}"
     share = stage.batch_size // launch.world_size
     micro = launch.known_micro_batch or share
     if launch.micro_batch == "auto":
