@@ -18,7 +18,10 @@ from students import PICTURE, make, put
 
 from distill.core.errors import InputError, RunError
 from distill.exchange import published, publishing, pulling, student_card
+from distill.exchange.student_card import TrainingCost
 from distill.exchange.transports import at
+from distill.runs import cached
+from distill.runs.cached import UsedCache
 from distill.runs.run_store import CREATED, RunPaths
 
 SPEC = """
@@ -354,6 +357,23 @@ def test_the_time_of_a_stage_is_that_of_its_processes(store):
     assert (costs["pairs"].time, costs["reflow"].work) == ("0:41", "640 images")
     early = publishing.describe("x", publishing.ChosenStudent(run, "teach", 100), 100, "").costs
     assert [(cost.stage, cost.work, cost.time) for cost in early] == [("teach", "100 images", "0:10")]
+
+
+def test_the_cache_stage_is_a_cost_of_each_student(store):
+    run = make_run(store, "one", "sd15-perflow", "launch.nodes=1", "launch.procs=2")
+    caches = [
+        UsedCache("latents", f"caches/latents-{'0' * 64}", 2500, 3),
+        UsedCache("prompts", f"caches/prompts-{'0' * 64}", 40, 1),
+    ]
+    run.stage("cache").root.mkdir(parents=True)
+    cached.note(run, "cache", caches)
+    with (run.root / CREATED).open("a") as file:
+        for at, what in ((10, "stage started"), (75, "stage done")):
+            file.write(json.dumps({"time": at, "event": what, "stage": "cache", "device": "H200"}) + "\n")
+    chosen = publishing.choose(run, None, "")
+    costs = publishing.describe("x", chosen, 640, "").costs
+    assert costs[0] == TrainingCost("cache", "2,500 images, 40 prompts", "1:05", "2 processes, H200")
+    assert costs[-1].stage == chosen.stage
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def _standing(made: "distill.execution.caching.Caching", each: "distill.runs.cac
     there = "not there yet" if not count else f"{count:,} of {each.files:,} shards are there, {human(size(folder))}"
     if made.is_complete(each):
         there = f"complete, {human(size(folder))}"
-    return f"{each.what}: {each.count:,} {made.unit(each)} in {near(folder)}: {there}"
+    return f"{each.what}: {each.count:,} {each.unit} in {near(folder)}: {there}"
 
 
 def _verify(made: "distill.execution.caching.Caching") -> None:

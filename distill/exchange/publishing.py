@@ -21,12 +21,12 @@ from distill.exchange import contents, manifest, published, pulling, student_car
 from distill.exchange.published import REGISTRY, PublishedVersion
 from distill.exchange.student_card import FileRecord, Publication, StudentCard, TrainingCost
 from distill.exchange.transports import RemoteFolder
-from distill.runs import jobs, results, todo
+from distill.runs import cached, jobs, results, todo
 from distill.runs.progress import duration
 from distill.runs.results import Results, Row
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec import checks
-from distill.spec.model import PairsStage, RunSpec, TrainStage
+from distill.spec.model import CacheStage, PairsStage, RunSpec, TrainStage
 
 PICTURE = "samples.png"
 ENDS = ("started", "finished", "stopped", "failed")  # events at which no stage is running
@@ -252,23 +252,29 @@ def samples(chosen: ChosenStudent) -> bytes:
 
 
 def _ancestry(spec: RunSpec, stage: str) -> list[str]:
-    """The stages that a student's stage depends on, and itself as the last."""
+    """The stages that a student's stage depends on, with the cache stage, and itself as the last."""
     wanted = {stage}
     for name in reversed(spec.stages):
         if name in wanted:
-            wanted |= {target for _, target, _ in checks.references(spec.stages[name])}
+            wanted |= {*checks.needed(spec, name)}
     return [name for name in spec.stages if name in wanted]
 
 
 def _cost(chosen: ChosenStudent, spec: RunSpec, name: str, images: int, took: Time) -> TrainingCost:
     stage = spec.stages[name]
-    procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
-    seconds = took.total + (_time_of_parts(chosen.run, name) if isinstance(stage, PairsStage) else 0.0)
-    if isinstance(stage, TrainStage):
-        work = f"{images if name == chosen.stage else stage.images:,} images"
-    else:
-        assert isinstance(stage, PairsStage), "nothing else leads to a student"
-        work = f"{stage.count:,} pairs"
+    procs = spec.launch.world_size if spec.uses_all(name) else 1
+    seconds = took.total
+    match stage:
+        case TrainStage():
+            work = f"{images if name == chosen.stage else stage.images:,} images"
+        case PairsStage():
+            work = f"{stage.count:,} pairs"
+        case _:
+            assert isinstance(stage, CacheStage), "nothing else leads to a student"
+            made = cached.noted(chosen.run, name) or []
+            work = ", ".join(f"{each.count:,} {each.unit}" for each in made)
+    if not isinstance(stage, TrainStage):
+        seconds += _time_of_parts(chosen.run, name)
     processes = f"{procs} process{'es' if procs > 1 else ''}"
     return TrainingCost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
 
@@ -299,7 +305,7 @@ def _times(chosen: ChosenStudent, stages: Sequence[str]) -> dict[str, Time]:
 
 
 def _time_of_parts(run: RunPaths, stage: str) -> float:
-    """Seconds that the jobs of an array spent on a pairs stage. These jobs write no events of the run."""
+    """Seconds that the jobs of an array spent on a pairs or cache stage. These jobs write no events of the run."""
     total, began = 0.0, None
     members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
     for line in (line for member in members for line in jobs.history(run, member)):

@@ -143,12 +143,8 @@ class Caching:
     def make_all(self, device: torch.device, stop: StopRequest, part: tuple[int, int]) -> None:
         """Make part (i, n) of all caches, without a run."""
         for each in self.planned:
-            with Progress(self.name, self.size(each, part), self.unit(each), None) as progress:
+            with Progress(self.name, self.size(each, part), each.unit, None) as progress:
                 self.make(each, device, progress, stop, part)
-
-    def unit(self, cache: UsedCache) -> str:
-        """What a cache consists of, in words."""
-        return "images" if cache.what == "latents" else "prompts"
 
     def shards(self, cache: UsedCache) -> int:
         """The number of shards that are complete. They are not read."""

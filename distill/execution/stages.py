@@ -118,7 +118,7 @@ def _cache(work: Work) -> dict[str, object]:
     if world.first:
         cached.note(run, work.name, made.planned)
     for cache in made.planned:
-        with work.progress(made.size(cache, part), made.unit(cache)) as progress:
+        with work.progress(made.size(cache, part), cache.unit) as progress:
             made.make(cache, work.device, progress, work.stop, part)
         if work.part is None:
             world.wait(f"{cache.what} of the cache", partial(work.stop.raise_if_requested, "its part of the cache"))

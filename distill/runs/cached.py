@@ -35,6 +35,11 @@ class UsedCache:
     digest: Annotated[str, Field(pattern=r"\A([0-9a-f]{64})?\z")] = ""
     """SHA-256 over its settings and the checksums of its shards; empty: it is not complete yet"""
 
+    @property
+    def unit(self) -> str:
+        """What it consists of, in words."""
+        return "images" if self.what == "latents" else "prompts"
+
     def place(self, store: Path) -> Path:
         return store / self.folder
 
