@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import stock_pipelines
+import students as students_without_weights
 import test_lora_students as lora_students
 import test_stock
 import test_teacher_dit as dit
@@ -463,6 +465,41 @@ def test_what_cannot_be_exported_is_told(capfd, tmp_path, monkeypatch):
     shutil.copytree(student, tmp_path / "alone")
     assert "alone is not part of a run, so its teacher is not known; give --teacher" in refused("alone", "--whole")
     assert "--raw has no effect: alone has one set of weights" in refused("alone", "--raw")
+
+
+def test_no_file_is_written_outside_of_the_new_folder(tmp_path):
+    """The names in distill.json are checked as for a pull, before a file is read."""
+    student = students_without_weights.make(tmp_path / "there" / "student")
+    (tmp_path / "there" / "profile.txt").write_text("x")
+    record = {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}
+    students_without_weights.edit_card(student, lambda content: content["files"].update({"../profile.txt": record}))
+    with pytest.raises(InputError) as error:
+        packaged.export(student, tmp_path / "out" / "student")
+    assert str(error.value) == (
+        f"{student}/distill.json is invalid: it lists '../profile.txt', a path that leads out of the folder; nothing "
+        "was saved"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "shown"), [("{}", "None"), ('{"_class_name": "NoPipeline"}', "'NoPipeline'"), ('{"_class_name": 1}', "1")]
+)
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_pipeline_of_no_class_is_told(tmp_path, index, shown, is_whole):
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "model_index.json").write_text(index)
+    facts = {"network": "SD3Transformer2DModel", "component": "transformer", "files": student_card.record(student)}
+    (student / "distill.json").write_text(student_card.to_json(CARD.model_copy(update=facts)))
+    teacher = CheckpointTeacher(path=str(tmp_path)) if is_whole else None
+    with pytest.raises(InputError) as error:
+        packaged.export(student, tmp_path / "new", packaged.Package("bf16", teacher))
+    assert str(error.value) == (
+        f"{student}/model_index.json: _class_name is {shown}; valid: the name of a pipeline class of diffusers, like "
+        "StableDiffusion3Pipeline; export or copy the student again"
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_finished_student_is_exported_as_it_is(capfd, tmp_path, monkeypatch):

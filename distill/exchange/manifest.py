@@ -24,6 +24,14 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".
 def parse(content: bytes, where: str) -> StudentCard:
     """The card in a distill.json. InputError if it is invalid, or a name in it is not allowed in a student folder."""
     card = student_card.parse(content, where)
+    refuse_files(card, where)
+    if card.is_native:
+        stock_students.refuse_card(card)
+    return card
+
+
+def refuse_files(card: StudentCard, where: str) -> None:
+    """Raise InputError if a card lists a name that is not allowed in a student folder, or one file twice."""
     if sum(record.size for record in card.files.values()) > student_card.LARGEST:
         raise InputError(f"{where} is invalid: it lists more bytes than any disk has")
     seen = {student_card.FILE_NAME: student_card.FILE_NAME}
@@ -37,13 +45,10 @@ def parse(content: bytes, where: str) -> StudentCard:
                 f"{where} is invalid: it lists both {seen[folded]!r} and {name!r}, the same file on some disks"
             )
         seen[folded] = name
-    if card.is_native:
-        stock_students.refuse_card(card)
     for name in seen:
         for above in Path(name).parents:
             if above.as_posix() in seen:
                 raise InputError(f"{where} is invalid: it lists {seen[above.as_posix()]!r} as a file and as a folder")
-    return card
 
 
 def is_plain(name: str) -> bool:

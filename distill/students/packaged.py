@@ -11,15 +11,15 @@ import torch
 from distill.core.atomic import hidden_folder, new_folder
 from distill.core.errors import InputError, RunError
 from distill.core.regular_files import BLOCK, open_regular
-from distill.exchange import student_card
+from distill.exchange import manifest, student_card
 from distill.exchange.student_card import StudentCard
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import native_folder, stock, whole
 from distill.students.exporting import quiet
 from distill.students.stock_check import CheckedStudent, check, size_of
-from distill.teachers import checkpoint, layout
+from distill.teachers import checkpoint, layout, pipeline_index
 from distill.teachers.of_students import student_as_teacher
-from distill.teachers.read import parse
+from distill.teachers.read import parse, short
 
 OWN = (*layout.NETWORKS, layout.SECOND, "scheduler")  # components that students have
 CPU = torch.device("cpu")
@@ -40,7 +40,9 @@ def export(student: Path, folder: Path, package: Package | None = None) -> None:
     InputError if the student's network is not one of a pipeline in diffusers, or if a component is missing; RunError if
     diffusers reads other weights or makes other samples, or if writing fails. Then there is no folder.
     """
-    card = student_card.verify(student)
+    card = student_card.read(student)
+    manifest.refuse_files(card, str(student / student_card.FILE_NAME))
+    student_card.verify(student)
     if package is None:
         _copy(student, folder, [*card.files, student_card.FILE_NAME])
         return
@@ -53,18 +55,30 @@ def export(student: Path, folder: Path, package: Package | None = None) -> None:
     if card.lora.get("student") is not None:
         _export_lora(student, folder, package.dtype, teacher)
         return
-    index, others = parse(student / layout.INDEX), whole.OtherComponents()
+    pipeline, others = _pipeline_of(student), whole.OtherComponents()
     if teacher is not None:
-        others = whole.find(teacher, str(index["_class_name"]), OWN)
+        others = whole.find(teacher, pipeline, OWN)
     made = _loaded(student, card, teacher, DTYPES[package.dtype])
     if teacher is not None and not made.how.works:
         raise InputError(f"--whole: the stock pipeline cannot sample {student}: {made.how.reason}; leave --whole out")
     try:
         with new_folder(folder.absolute()) as new:
             _write(made, new, others)
-            check(made, new, str(index["_class_name"]), whole=teacher is not None)
+            check(made, new, pipeline, whole=teacher is not None)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; nothing was kept") from error
+
+
+def _pipeline_of(student: Path) -> str:
+    """The class of a student's pipeline. InputError if diffusers has no such class."""
+    path = student / layout.INDEX
+    name = parse(path).get("_class_name")
+    if not isinstance(name, str) or pipeline_index.class_of(name) is None:
+        raise InputError(
+            f"{path}: _class_name is {short(repr(name))}; valid: the name of a pipeline class of diffusers, like "
+            "StableDiffusion3Pipeline; export or copy the student again"
+        )
+    return name
 
 
 def _plain(teacher: CheckpointTeacher) -> CheckpointTeacher:

@@ -68,7 +68,7 @@ def find(teacher: CheckpointTeacher, pipeline: str, own: Sequence[str]) -> Other
     InputError if one is missing that the class needs, or if a file cannot be used.
     """
     parts, pipeline_class = files.find(teacher, download=False), pipeline_index.class_of(pipeline)
-    assert pipeline_class is not None, "describe refuses other pipelines"
+    assert pipeline_class is not None, "packaged.export refuses other pipelines"
     needed = {name: each for name, each in pipeline_index.components_of(pipeline_class).items() if name not in own}
     if parts.pipeline is None:
         what = "a single file" if parts.single is not None else "a single network"
