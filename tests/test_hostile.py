@@ -85,6 +85,12 @@ CARDS = {
     "no size": ({"images": -1}, "images: -1 given; input should be greater than or equal to 0"),
     "bytes": (b"\xff\xfe", "it is not JSON"),
     "a word for a number": ({"images": "5"}, 'images: "5" given; input should be a valid integer'),
+    "a path": (
+        {"name": "/home/u/models/sd_xl"},
+        'name: "/home/u/models/sd_xl" given; valid: without / and \\, because files are named after the student',
+    ),
+    "another path": ({"name": "..\\x"}, 'name: "..\\\\x" given; valid: without / and \\'),
+    "no steps": ({"stock": {"steps": []}}, "stock.steps: [] given; list should have at least 1 item"),
     "10^400": (b'"size": %d' % 10**400, "given; input should be"),
     "2^63": (b'"size": %d' % 2**63, "size: 9223372036854775808 given; input should be less than 9223372036854775808"),
 }
@@ -103,6 +109,12 @@ def test_a_broken_card_is_refused_where_it_is_read(student, case):
     for call in (student_card.read, pulling.verify, lambda folder: put(folder, folder.parent / "runs", "x")):
         assert said in error_of(call, student)
     assert not list(student.parent.glob("runs/registry/x/*"))
+
+
+def test_a_name_with_spaces_is_still_read(student):
+    """As cards of older versions may have."""
+    edit_card(student, lambda content: content.update(name="my student, 2nd"))
+    assert student_card.read(student).name == pulling.verify(student).name == "my student, 2nd"
 
 
 def broken_entries(registry):

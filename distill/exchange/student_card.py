@@ -67,7 +67,7 @@ def refuse_rows(rows: list[list[float]], steps: int) -> None:
 class StockCall(FrozenModel):
     """How the pipeline of its teacher's class in diffusers samples a student, with the scheduler of its folder."""
 
-    steps: Annotated[list[Length], Field(max_length=100)] | None = None
+    steps: Annotated[list[Length], Field(min_length=1, max_length=100)] | None = None
     """numbers of steps for which it makes the samples that distill makes; null: any"""
     arguments: Annotated[dict[Label, Number], Field(max_length=10)] = {}
     """of its call, in addition to num_inference_steps"""
@@ -245,9 +245,15 @@ def parse(content: bytes, where: str) -> StudentCard:
     if len(content) > MAX_CARD:
         raise InputError(f"{where} has {len(content):,} bytes; valid: at most {MAX_CARD:,}")
     try:
-        return StudentCard.model_validate_json(content)
+        card = StudentCard.model_validate_json(content)
     except ValidationError as error:
         raise InputError(f"{where} cannot be used: {records.mistake(error)}") from error
+    if "/" in card.name or "\\" in card.name:
+        raise InputError(
+            f"{where} cannot be used: name: {json.dumps(card.name)} given; valid: without / and \\, because files are "
+            "named after the student"
+        )
+    return card
 
 
 def verify(folder: Path) -> StudentCard:
