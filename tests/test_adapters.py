@@ -17,7 +17,7 @@ from distill.core.stop import StopRequest
 from distill.execution import preflight, stages, train_stage
 from distill.execution.estimate import estimate
 from distill.execution.forecast import forecast
-from distill.networks.adapters import as_trained, merged
+from distill.networks.adapters import adaptable, as_trained, merged
 from distill.networks.architectures import build
 from distill.protocols import Adapter, Trained
 from distill.runs.run_store import RunPaths
@@ -132,6 +132,21 @@ def test_a_target_that_no_layer_has_is_refused_with_those_there_are():
         as_trained("student", adapter(unet(), ("norm1",)), 0)
     with pytest.raises(InputError, match="target 'x' matches no linear or convolution layer .*; valid: 0, 2$"):
         as_trained("student", adapter(nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1)), ("x",)), 0)
+
+
+def test_a_convolution_with_groups_is_no_target():
+    network = nn.ModuleDict({"depth": nn.Conv2d(4, 4, 3, groups=4), "point": nn.Conv2d(4, 4, 1)})
+    with pytest.raises(InputError) as error:
+        as_trained("student", adapter(network, ("depth",)), 0)
+    assert str(error.value) == (
+        "network 'student': the adapter's target 'depth' matches no linear or convolution layer (by full name or last "
+        "part), except a convolution with groups, which cannot have an adapter; valid: point"
+    )
+    assert (
+        adaptable(network).keys()
+        == {"point"}
+        == adaptable(as_trained("s", adapter(network, ("point",)), 0).module).keys()
+    )
 
 
 def test_without_peft_one_message_says_how_to_get_it(monkeypatch):

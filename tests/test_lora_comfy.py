@@ -265,6 +265,7 @@ def test_files_of_other_models_are_refused(tmp_path):
     name = "diffusion_model.blocks.0.self_attn.q"
     a, b = {f"{name}.lora_A.weight": torch.ones(2, 5120)}, {f"{name}.lora_B.weight": torch.ones(5120, 2)}
     for tensors, said in (
+        ({**a, **b, f"{name}.alpha": torch.ones(2)}, f"{path}: {name}.alpha has shape [2]; valid: one number"),
         ({**a, **b, "x": torch.ones(1)}, f"{path} has the tensor x, which is of no layer of this network"),
         (a, f"{path} has no matrix B for blocks.0.self_attn.q; copy or download it again"),
         (

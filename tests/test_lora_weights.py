@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import test_teacher_sana as sana
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from latent import normal, seeded
@@ -11,10 +12,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distill.core.errors import InputError
-from distill.networks.adapters import as_trained
+from distill.networks.adapters import adaptable, as_trained
 from distill.networks.experts import Experts
 from distill.protocols import Adapter
-from distill.students.lora_weights import FILE, FILE_2, LoraLayer, LoraWeights, add_to, from_network, read_diffusers
+from distill.students.lora_weights import (
+    FILE,
+    FILE_2,
+    LoraLayer,
+    LoraWeights,
+    add_to,
+    from_network,
+    read_diffusers,
+    rows_of,
+)
 from distill.students.lora_weights import write_diffusers as write
 
 Q, OUT = "blocks.0.attn1.to_q", "blocks.0.attn1.to_out.0"
@@ -146,6 +156,28 @@ def test_convolutions_and_rank_stabilised_factors(tmp_path):
     assert read_diffusers(tmp_path).layers["conv_in"].alpha == pytest.approx(4 * 2**0.5)
     save_file(tensors, tmp_path / FILE)
     assert read_diffusers(tmp_path).layers["conv_in"].alpha == 2.0, "no alpha: the factor is 1"
+
+
+def test_a_layer_whose_name_ends_another_ones_has_a_factor_of_its_own(tmp_path):
+    """As in FLUX, which has proj_out and single_transformer_blocks.0.proj_out."""
+    given = {
+        "proj_out": layer(1, 2, 1.0),
+        "single_transformer_blocks.0.proj_out": layer(3, 4, 4.0),
+        Q: layer(5, 4, 4.0),
+    }
+    write(tmp_path, weights(**given))
+    equal(read_diffusers(tmp_path), weights(**given))
+
+
+def test_a_convolution_with_groups_has_no_lora():
+    network = sana.pipeline().transformer
+    name = "transformer_blocks.0.ff.conv_depth"
+    assert network.get_submodule(name).groups > 1
+    possible = adaptable(network)
+    assert name not in possible and "transformer_blocks.0.ff.conv_inverted" in possible
+    assert rows_of(network) == {each: len(found.weight) for each, found in possible.items()}
+    with pytest.raises(InputError, match=f"the LoRA changes the layer {name}, which a SanaTransformer2DModel does not"):
+        add_to(network, LoraWeights("", "transformer", {name: layer()}))
 
 
 def test_other_files_are_refused(tmp_path):

@@ -10,12 +10,17 @@ from checkpoints import write as write_pixels
 from diffusers import DDIMScheduler, FluxPipeline
 from latent import ddim, load, normal, write, write_conditions
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from test_teacher_flux import embeddings as flux_embeddings
 from test_teacher_flux import pipeline as flux
 from test_teacher_unet_condition import SD
 from test_teacher_unet_condition import embeddings as sd_embeddings
 from test_teacher_unet_condition import pipeline as sd
+
+from distill.core.errors import InputError
+from distill.teachers.architectures import convention_of
+from distill.teachers.lora import AdapterSettings, read
 
 Q, OUT = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"  # layers of FLUX
 
@@ -140,6 +145,21 @@ def test_kohyas_names_and_parts_of_text_encoders(tmp_path, capfd):
     )
 
 
+def test_a_pattern_of_alphas_fits_the_layers_that_it_fits_in_peft():
+    """After ^, it is the whole name of a layer; else the end of the names of several."""
+    outer, inner = "proj_out", OUT
+    for patterns, expected in (
+        ({"^proj_out": 8.0}, {outer: 8.0, inner: 2.0}),
+        ({"proj_out": 8.0}, {outer: 8.0, inner: 8.0}),
+        ({f"^{OUT}": 8.0}, {outer: 2.0, inner: 8.0}),
+        ({"^proj_out": 8.0, "proj_out": 4.0}, {outer: 8.0, inner: 4.0}),
+        ({"oj_out": 8.0}, {outer: 2.0, inner: 2.0}),
+    ):
+        settings = AdapterSettings(lora_alpha=2.0, alpha_pattern=patterns)
+        assert {name: settings.alpha(name, 4) for name in (outer, inner)} == expected
+        assert {name: patterns.get(get_pattern_key(patterns, name), 2.0) for name in (outer, inner)} == expected
+
+
 # --- what is refused ---
 
 
@@ -166,6 +186,43 @@ def test_what_is_no_lora_of_the_network_is_refused(flux_teacher, tmp_path):
         refused(folder, said, lora=str(file), **fields)
     file.write_bytes(b"x")
     refused(folder, f"{file} is truncated or damaged", lora=str(file), **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"alpha": torch.ones(2)}, f"{{file}}: {Q}.alpha has shape [2]; valid: one number"),
+        ({"lora_A.weight": None, "lora_B.bias": torch.ones(32)}, f"{Q}.lora_B.bias but no {Q}.lora_A.weight; copy or"),
+        ({"lora_B.weight": None, "alpha": torch.ones(1)}, f"{Q}.alpha but no {Q}.lora_B.weight; copy or download it"),
+        (
+            {"lora_A.weight": torch.ones(0, 32), "lora_B.weight": torch.ones(32, 0)},
+            f"the matrices A and B of {Q} have shapes [0, 32] and [32, 0]; valid: [rank, in, ...] and [out, rank, ...] "
+            "with a rank of 1 or more",
+        ),
+        ({"lora_A.weight": torch.ones(3, 32)}, f"the matrices A and B of {Q} have shapes [3, 32] and [32, 4]; valid: "),
+        ({"lora_A.weight": torch.tensor(1.0)}, f"the matrices A and B of {Q} have shapes [] and [32, 4]; valid: "),
+    ],
+)
+def test_matrices_that_do_not_belong_together_are_refused(tmp_path, change, said):
+    network, file = flux(guidance_embeds=False).transformer, tmp_path / "x.safetensors"
+    a, b = matrices(network.get_submodule(Q).weight, 4, 1)
+    tensors = {"lora_A.weight": a, "lora_B.weight": b, **change}
+    save_file({f"transformer.{Q}.{name}": each for name, each in tensors.items() if each is not None}, file)
+    with pytest.raises(InputError) as error:
+        read(network, convention_of(network), file)
+    assert said.format(file=file) in str(error.value)
+
+
+def test_a_rank_of_0_in_another_layout_is_refused(tmp_path):
+    """diffusers divides by it while it converts."""
+    network, file = flux(guidance_embeds=False).transformer, tmp_path / "x.safetensors"
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {"lora_down.weight": torch.ones(0, 32), "lora_up.weight": torch.ones(32, 0), "alpha": torch.tensor(1.0)}
+    save_file({f"{name}.{end}": each for end, each in tensors.items()}, file)
+    with pytest.raises(
+        InputError, match=r"is not a LoRA of a FluxTransformer2DModel, or is in an unknown layout \(Zero"
+    ):
+        read(network, convention_of(network), file)
 
 
 def test_where_there_is_no_lora_it_says_so(flux_teacher, tmp_path):

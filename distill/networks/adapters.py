@@ -16,7 +16,7 @@ from distill.networks.architectures import drawn
 from distill.networks.sharing import ADAPTER, BASE, adapted
 from distill.protocols import Adapter, Trained
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # that may have adapters
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # that may have adapters, if they have no groups
 
 
 def as_trained(name: str, role: Trained | Adapter, seed: int) -> Trained:
@@ -66,23 +66,40 @@ def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def adaptable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d | nn.Conv3d]:
+    """The layers that can have adapters, by the names that they have without: linear ones, convolutions without groups.
+
+    PEFT divides the rank of an adapter of a convolution by its groups, of which there are often as many as channels.
+    """
+    return {
+        path.removesuffix(f".{BASE}"): layer
+        for path, layer in network.named_modules()
+        if isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1 and ADAPTER not in path
+    }
+
+
 def matching(name: str, network: nn.Module, targets: Sequence[str]) -> list[str]:
     """The full names of the layers to adapt in network `name`. Raises InputError if a target matches none.
 
     targets: names of layers, or the ends of their names.
     """
-    paths = [path for path, layer in network.named_modules() if isinstance(layer, LAYERS) and ADAPTER not in path]
-    layers = [path.removesuffix(f".{BASE}") for path in paths]
-    found: list[str] = []
+    layers, found = list(adaptable(network)), list[str]()
     for target in targets:
-        matched = [path for path in layers if path == target or path.endswith(f".{target}")]
+        matched = _named(layers, target)
         if not matched:
+            grouped = _named((path for path, part in network.named_modules() if isinstance(part, LAYERS)), target)
+            but = ", except a convolution with groups, which cannot have an adapter" if grouped else ""
             raise InputError(
                 f"network '{name}': the adapter's target '{target}' matches no linear or convolution layer (by full "
-                f"name or last part); {suggest(target, ends(layers))}"
+                f"name or last part){but}; {suggest(target, ends(layers))}"
             )
         found += matched
     return list(dict.fromkeys(found))
+
+
+def _named(paths: Iterable[str], target: str) -> list[str]:
+    """The paths that a target names, in full or by their end."""
+    return [path for path in paths if path == target or path.endswith(f".{target}")]
 
 
 def ends(paths: Iterable[str]) -> set[str]:

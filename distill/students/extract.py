@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.networks.adapters import adaptable
 from distill.students.lora_weights import LoraLayer, LoraWeights
-from distill.students.merging import adaptable
 from distill.teachers.read import short
 
 
@@ -129,7 +129,7 @@ def relative_change(base: nn.Module, student: nn.Module) -> float:
 
 def refuse_ranks(network: nn.Module, ranks: Sequence[int]) -> None:
     """InputError if a rank is below 1 or above the smaller side of all layers."""
-    most = max((min(len(each), each[0].numel()) for each in adaptable(network).values()), default=0)
+    most = max((min(len(each.weight), each.weight[0].numel()) for each in adaptable(network).values()), default=0)
     for rank in ranks:
         if not 1 <= rank <= most:
             raise InputError(

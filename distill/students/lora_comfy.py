@@ -18,6 +18,7 @@ from distill.students import native
 from distill.students.comfy_keys import KeyList, key_list, matches
 from distill.students.lora_weights import LoraLayer, LoraWeights, content, in_safetensors, pair, rows_of
 from distill.students.native import FIRST, SECOND
+from distill.teachers.lora import number
 from distill.teachers.read import short
 
 RowCounts = Mapping[str, int]  # the rows of each layer of a network by its name
@@ -119,7 +120,7 @@ def layers_of(path: Path, tensors: Mapping[str, Tensor], keys: KeyList, rows: Ro
         alpha = left.pop(f"{key}.alpha", None)
         if down is None and up is None and alpha is None:
             continue
-        layer = pair(path, theirs, down, up, None if alpha is None else float(alpha))
+        layer = pair(path, theirs, down, up, None if alpha is None else number(path, f"{key}.alpha", alpha))
         if len(layer.up) != sum(rows[part] for part in parts):
             raise InputError(
                 f"{path}: the layer {short(theirs)} has {len(layer.up)} rows, but in this network it has "

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
+from distill.networks.adapters import adaptable
 from distill.students import native
 from distill.students.native import FIRST, SECOND
 from distill.teachers import weights as stored_weights
@@ -119,15 +120,14 @@ def add_to(network: nn.Module, weights: LoraWeights, *, trainable: bool = False)
     has another shape.
     """
     base = native.base_of(network)
-    modules = dict(base.named_modules())
+    possible = adaptable(base)
     for name, layer in weights.layers.items():
-        weight = modules[name].weight if isinstance(modules.get(name), nn.Linear | nn.Conv2d | nn.Conv3d) else None
-        if weight is None:
+        if name not in possible:
             raise InputError(
                 f"the LoRA changes the layer {short(name)}, which a {type(base).__name__} does not have; give a LoRA "
                 "that was trained for this model"
             )
-        shape = (len(layer.up), *layer.down.shape[1:])
+        weight, shape = possible[name].weight, (len(layer.up), *layer.down.shape[1:])
         if tuple(weight.shape) != shape:
             raise InputError(
                 f"the LoRA changes weights of shape {list(shape)} in the layer {short(name)}, which has shape "
@@ -285,12 +285,7 @@ def pair(path: Path, name: str, down: Tensor | None, up: Tensor | None, alpha: f
 
 def rows_of(network: nn.Module) -> dict[str, int]:
     """The number of rows (outputs) of each layer that can have a LoRA, by its name without adapters."""
-    layers = {name.removesuffix(".base_layer"): module for name, module in network.named_modules()}
-    return {
-        name: len(module.weight)
-        for name, module in layers.items()
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and ".lora_" not in name
-    }
+    return {name: len(layer.weight) for name, layer in adaptable(network).items()}
 
 
 def content(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -10,17 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.networks.adapters import adaptable
 from distill.students.lora_weights import LoraWeights
 from distill.teachers.read import short
-
-
-def adaptable(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of layers that can have a LoRA, by the layer's name: linear ones, and convolutions without groups."""
-    return {
-        name: each.weight
-        for name, each in network.named_modules()
-        if isinstance(each, nn.Linear) or (isinstance(each, nn.Conv2d | nn.Conv3d) and each.groups == 1)
-    }
 
 
 @torch.no_grad()
@@ -63,7 +55,7 @@ def unmerge(
 
 def _layers(network: nn.Module, lora: LoraWeights) -> dict[str, Tensor]:
     """The weights of the layers of a network. Raises InputError unless the LoRA fits it."""
-    layers, kind = adaptable(network), type(network).__name__
+    layers, kind = {name: each.weight for name, each in adaptable(network).items()}, type(network).__name__
     if not lora.layers:
         raise InputError("the LoRA changes no layer; give another one")
     for name, layer in lora.layers.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.printing import warn
+from distill.networks.adapters import adaptable
 from distill.teachers import weights
 from distill.teachers.convention import Convention
 from distill.teachers.layout import ADAPTERS
@@ -35,7 +36,8 @@ PEFT = "base_model.model."  # begins the names of weights that peft has saved
 ENCODERS = "text_encoder"  # begins the names of the parts for the text encoders
 ModuleName = Annotated[str, Field(max_length=200, pattern=r"^\^?[A-Za-z0-9_.-]+$")]  # peft's patterns may be others
 OWN = re.compile(r"(?P<module>.+?)\.(?:lora_[AB]\.(?:weight|bias)|lora_magnitude_vector(?:\.weight)?|alpha)")
-CONVERSION = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError)  # errors of diffusers
+# errors of diffusers for files that it cannot convert or add
+CONVERSION = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError, AssertionError)
 
 
 class AdapterSettings(Read):
@@ -44,7 +46,7 @@ class AdapterSettings(Read):
     peft_type: ShortText = "LORA"
     lora_alpha: float | None = None
     alpha_pattern: Annotated[dict[ModuleName, float], Field(max_length=10_000)] = {}
-    """by module, or by the end of the names of several modules"""
+    """by ^ and the name of a module, or by the end of the names of several modules; the first that fits counts"""
     use_rslora: bool = False
     """whether the factor is alpha / sqrt(rank)"""
 
@@ -54,11 +56,18 @@ class AdapterSettings(Read):
 
     def alpha(self, module: str, rank: int) -> float:
         """The alpha of a module with which its factor is alpha / rank."""
-        own = [alpha for name, alpha in self.alpha_pattern.items() if f".{module}".endswith(f".{name.lstrip('^')}")]
+        own = [alpha for name, alpha in self.alpha_pattern.items() if _is_meant(name, module)]
         alpha = own[0] if own else self.lora_alpha
         if alpha is None:
             return float(rank)
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
+
+
+def _is_meant(pattern: str, module: str) -> bool:
+    """Whether PEFT applies a pattern to a module: after ^ it is the whole name, else the end of the name."""
+    if pattern.startswith("^"):
+        return module == pattern[1:]
+    return f".{module}".endswith(f".{pattern}")
 
 
 def merge(network: nn.Module, convention: Convention | None, path: Path, scale: float) -> str:
@@ -168,14 +177,9 @@ def embedded_settings(file: Path, header: Mapping[str, str], prefix: str) -> Con
     return {key.removeprefix(f"{prefix}."): value for key, value in content.items()}
 
 
-def _layers(network: nn.Module) -> set[str]:
-    """The names of the layers that can have a LoRA."""
-    return {name for name, each in network.named_modules() if isinstance(each, nn.Linear | nn.Conv2d | nn.Conv3d)}
-
-
 def _is_of_diffusers(tensors: Mapping[str, Tensor], network: nn.Module, prefix: str) -> bool:
     """Whether all tensors are named after layers of the network, as in files of diffusers and peft."""
-    layers = _layers(network)
+    layers = adaptable(network)
     found = [OWN.fullmatch(name.removeprefix(PEFT).removeprefix(f"{prefix}.")) for name in tensors]
     return all(each is not None and each["module"] in layers for each in found)
 
@@ -221,8 +225,8 @@ def _module(name: str) -> str:
 
 
 def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module, given: str) -> None:
-    """InputError unless each tensor belongs to a layer of the network."""
-    layers = _layers(network)
+    """InputError unless each tensor belongs to a layer of the network, of which both matrices are there and fit."""
+    layers = adaptable(network)
     adapted = {name for name in tensors if ".lora_" in name or name.endswith(".alpha")}
     unknown = sorted(name for name in tensors if name not in adapted or _module(name) not in layers)
     if unknown or not adapted:
@@ -232,9 +236,24 @@ def _check(file: Path, tensors: Mapping[str, Tensor], network: nn.Module, given:
             "that was trained for this model"
         )
     for name in sorted(adapted):
-        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
-        if other not in tensors and not name.endswith((".alpha", ".bias")):
-            raise InputError(f"{given}={file} has {short(name)} but no {short(other)}; copy or download it again")
+        down, up = (tensors.get(f"{_module(name)}.lora_{each}.weight") for each in "AB")
+        if down is None or up is None:
+            missing = f"{_module(name)}.lora_{'A' if down is None else 'B'}.weight"
+            raise InputError(f"{given}={file} has {short(name)} but no {short(missing)}; copy or download it again")
+        if down.ndim < 2 or up.ndim < 2 or not 1 <= len(down) == up.shape[1]:
+            raise InputError(
+                f"{given}={file}: the matrices A and B of {short(_module(name))} have shapes {list(down.shape)} and "
+                f"{list(up.shape)}; valid: [rank, in, ...] and [out, rank, ...] with a rank of 1 or more"
+            )
+        if name.endswith(".alpha"):
+            number(file, name, tensors[name])
+
+
+def number(file: Path, name: str, tensor: Tensor) -> float:
+    """The number in a tensor like alpha. InputError if it has several values, or none."""
+    if tensor.numel() != 1:
+        raise InputError(f"{file}: {short(name)} has shape {list(tensor.shape)}; valid: one number")
+    return tensor.item()
 
 
 def _scaled(tensors: Mapping[str, Tensor], settings: AdapterSettings) -> dict[str, Tensor]:
