@@ -1,22 +1,26 @@
 """LoRA students: one frozen base in memory for all networks; adapters that are trained, saved, resumed, exported."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import test_teacher_sd3 as sd3
+import tiny
 import torch
 from latent import CPU, conditions, load, normal, write, write_conditions
+from runs import CARD
 from safetensors.torch import load_file
 
-from distill.core.errors import InputError, Stopped
+from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
-from distill.exchange.student_card import LoraFacts, StudentCard, verify
+from distill.exchange import manifest
+from distill.exchange.student_card import LoraFacts, StudentCard, read, record, verify
 from distill.networks.sharing import has_base, is_shared
 from distill.protocols import Batch, Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, CheckpointTeacher, TrainStage
 from distill.spec.rolespec import LoraSpec
-from distill.students import adapting
+from distill.students import adapting, isolated, lora_start, lora_verify, native
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
@@ -67,10 +71,10 @@ def moved(module):
     return module
 
 
-def exported(folder, teacher, student, kind="velocity_field"):
+def exported(folder, teacher, student, kind="velocity_field", title="s"):
     name, sampler = KINDS[kind]
     card = StudentCard(
-        name="s", recipe="reflow/reflow", spec_digest="", teacher_digest=teacher.digest, teacher="tiny", kind=name,
+        name=title, recipe="reflow/reflow", spec_digest="", teacher_digest=teacher.digest, teacher="tiny", kind=name,
         sampler=sampler, num_classes=None, null_class=None, shape=teacher.shape, weights="raw", images=1,
         lora={"student": LoraFacts(rank=2, alpha=2.0, targets=[])}, base_digest=teacher.base_digest,
     )  # fmt: skip
@@ -251,6 +255,29 @@ def test_a_student_is_read_again_on_the_weights_of_its_teacher(place, teacher, t
     assert not has_base(merged)
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("my student, 2nd", "my-student-2nd"),
+        ("{outside}", None),
+        ("学生", "student"),
+        (".hidden", "hidden"),
+        ("x" * 200, "x" * 100),
+    ],
+)
+def test_the_file_for_comfyui_has_a_plain_name(teacher, tmp_path, name, file):
+    """Also if the name of the student is a path: no other file is written."""
+    victim = tmp_path / "outside.safetensors"
+    victim.write_text("x")
+    name = name.format(outside=tmp_path / "outside")
+    student = adapted(teacher, spec=LoraSpec(rank=1, targets=["transformer_blocks.0.attn.to_q"]))
+    folder = exported(tmp_path / "s", teacher, student, title=name)
+    (found,) = (folder / "comfyui").iterdir()
+    assert found.name == f"{file}.safetensors" if file else found.name.endswith("-outside.safetensors")
+    assert victim.read_text() == "x" and {path.name for path in tmp_path.iterdir()} == {"s", victim.name}
+    manifest.refuse_files(read(folder) if file else CARD.model_copy(update={"files": record(folder)}), "the card")
+
+
 def test_another_base_is_refused(place, teacher, tmp_path):
     folder = exported(tmp_path / "s", teacher, moved(adapted(teacher)))
     with pytest.raises(InputError) as caught:
@@ -300,6 +327,50 @@ def test_a_lora_that_does_not_fit_the_spec_is_refused(teacher, tmp_path, fields,
     with pytest.raises(InputError) as caught:
         adapted(teacher, spec=LoraSpec(**fields, path=str(path)))
     assert str(caught.value) == message.format(path=path)
+
+
+def test_a_lora_is_continued_with_the_same_targets(tmp_path):
+    """Also where some of the layers that they name have no effect, and therefore no adapter."""
+    given = tiny.TINY["qwen"].write(tmp_path)
+    teacher = teacher_on_linear_path(load(Path(given.pop("path")), **given))
+    spec, block = LoraSpec(rank=2, targets=["to_add_out", "to_q", "txt_mlp.net.2"]), "transformer_blocks.1"
+    student = adapted(teacher, spec=spec)
+    layers = {name for name, part in native.base_of(student.network).named_modules() if hasattr(part, "lora_A")}
+    assert {f"{block}.attn.to_q", "transformer_blocks.0.attn.to_add_out"} <= layers
+    assert not {f"{block}.attn.to_add_out", f"{block}.txt_mlp.net.2"} & layers
+    lora_start.adapt("student", student, spec, 0)
+    with pytest.raises(InputError, match=r"^lora.student.targets: the student that is continued has an adapter in "):
+        lora_start.adapt("student", student, LoraSpec(rank=2, targets=["to_q"]), 0)
+
+
+# --- proofs ---
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "said"),
+    [
+        (1.0, [1.0, float("nan")], "relative difference nan"),
+        (1.0, [1.0, 1.5], "relative difference 0.5"),
+        (float("inf"), [float("inf")] * 2, "relative difference nan"),
+        (0.0, [0.0, 1e-3], "relative difference inf"),
+        (0.0, [0.0, 0.0], ""),
+        (1.0, [1.0, 1 + 1e-6], ""),
+    ],
+)
+def test_each_output_is_compared(teacher, tmp_path, monkeypatch, expected, found, said):
+    """Of outputs that another process has computed."""
+    monkeypatch.setattr(
+        lora_verify,
+        "_recorded",
+        lambda *given: ({}, {}, {f"transformer:{i}": torch.full((2,), expected) for i in (0, 1)}),
+    )
+    outputs = {f"diffusers:transformer:{i}": torch.full((2,), each) for i, each in enumerate(found)}
+    monkeypatch.setattr(isolated, "run", lambda *given: outputs)
+    if not said:
+        assert lora_verify.verify(tmp_path, adapted(teacher), teacher.shape, {}).difference <= 1e-5
+        return
+    with pytest.raises(RunError, match=f"computes other outputs than here, {said} .*; nothing was exported$"):
+        lora_verify.verify(tmp_path, adapted(teacher), teacher.shape, {})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ in memory.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from distill.teachers.network_field import EdmField, NetworkField
 from distill.teachers.read import unreadable
 
 COMFY = "comfyui"  # folder of the files for ComfyUI
+LONGEST = 100  # characters of their names, without the endings
 NEW_LAYERS = "new_layers.safetensors"  # layers of an acceleration that replace those of the base
 
 
@@ -46,7 +48,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     lora_weights.write_diffusers(folder, weights)
     if not lora_comfy.why_not(weights, base):
         (folder / COMFY).mkdir()
-        lora_comfy.write_comfy(folder / COMFY, card.name, weights, base)
+        lora_comfy.write_comfy(folder / COMFY, _file_name(card.name), weights, base)
     for path, module in _further(network):
         tensors = {name: each.detach().contiguous() for name, each in module.items()}
         (folder / path).parent.mkdir(exist_ok=True)
@@ -66,6 +68,12 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "stock": stock.call,
         }
     )
+
+
+def _file_name(title: str) -> str:
+    """The name of a student as that of a file, without its ending, that `distill publish` accepts."""
+    found = re.sub(r"[^A-Za-z0-9._-]+", "-", title).strip(".-")
+    return found[:LONGEST] or "student"
 
 
 def compare(network: nn.Module, folder: Path) -> None:

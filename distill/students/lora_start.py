@@ -1,6 +1,6 @@
 """The adapters of networks that share a base: new ones, those of a LoRA file, or those of the student before."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.networks.adapters import LAYERS, matching
+from distill.networks.adapters import adaptable, matching
 from distill.networks.architectures import drawn
 from distill.networks.experts import Experts
 from distill.networks.sharing import has_base
@@ -62,23 +62,22 @@ def _targets(where: str, role: str, network: nn.Module, spec: LoraSpec) -> list[
             raise InputError(f"{where}.targets: {type(network).__name__} has no attention; name layers in targets")
     else:
         found = matching(role, network, spec.targets)
-    unused = _unused(network)
-    return [name for name in dict.fromkeys(found) if not any(f"{name}.".startswith(f"{each}.") for each in unused)]
+    return _with_effect(network, dict.fromkeys(found))
 
 
-def _unused(network: nn.Module) -> list[str]:
-    """The modules without effect on the output."""
+def _with_effect(network: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Those of these layers that have an effect on the output."""
     parts = native.parts_of(network)
-    return [prefix + name for prefix, part in parts for name in native.convention_for(part).unused(part)]
+    unused = [prefix + name for prefix, part in parts for name in native.convention_for(part).unused(part)]
+    return [name for name in layers if not any(f"{name}.".startswith(f"{each}.") for each in unused)]
 
 
 def _new(network: nn.Module, layers: list[str], spec: LoraSpec) -> LoraWeights:
     """Adapters that do not change the output: A is random, as in PEFT, and B is zero."""
     found, alpha = {}, float(spec.rank if spec.alpha is None else spec.alpha)
+    possible = adaptable(network)
     for name in layers:
-        layer = network.get_submodule(name)
-        assert isinstance(layer, LAYERS)
-        out, width, *sides = layer.weight.shape
+        out, width, *sides = possible[name].weight.shape
         down = torch.empty(spec.rank, width, *sides)
         nn.init.kaiming_uniform_(down, a=5**0.5)
         found[name] = LoraLayer(down, torch.zeros(out, spec.rank, *(1 for _ in sides)), alpha)
@@ -112,7 +111,8 @@ def _check_layers(what: str, role: str, network: nn.Module, found: Collection[st
     if spec.targets is None:
         return
     wanted = set(matching(role, network, spec.targets))
-    if different := sorted(wanted ^ set(found)):
+    # Layers without effect get no new adapters, but a LoRA of others may have some there.
+    if different := sorted(_with_effect(network, wanted ^ set(found))):
         has = "has no adapter" if different[0] in wanted else "has an adapter"
         raise InputError(
             f"{where}.targets: {what} {has} in {short(different[0])}, unlike targets; remove targets, so that the "

@@ -137,17 +137,22 @@ def verify(
             raise RunError(f"export failed: {error}; nothing was exported") from error
     expected = {"without": without, **dict.fromkeys({name.partition(":")[0] for name in theirs} - {"without"}, ours)}
     allowed = _tolerance(first)
-    difference = max(
-        (each.float() - expected[kind][name].float()).abs().max().item()
-        / expected[kind][name].float().abs().max().item()
-        for kind, name, each in ((*key.split(":", 1), each) for key, each in theirs.items())
-    )
-    if not difference <= allowed:
-        raise RunError(
-            f"export failed: with the LoRA files, the stock network computes other outputs than here, relative "
-            f"difference {difference:.3g} (allowed {allowed:.3g}); nothing was exported"
-        )
-    return LoraProof(len(weights.layers), difference, reason)
+    differences = []
+    for key, each in theirs.items():
+        kind, _, name = key.partition(":")
+        differences.append(_difference(each.float(), expected[kind][name].float()))
+        if not differences[-1] <= allowed:  # also true for NaN
+            raise RunError(
+                f"export failed: with the LoRA files, the stock network computes other outputs than here, relative "
+                f"difference {differences[-1]:.3g} (allowed {allowed:.3g}); nothing was exported"
+            )
+    return LoraProof(len(weights.layers), max(differences), reason)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two outputs, relative to the largest value that is expected; 0 if they are equal."""
+    error = (found - expected).abs().max()
+    return (error / expected.abs().max() if error else error).item()  # infinity if zeros are expected
 
 
 def _compare_comfy(files: Sequence[Path], weights: LoraWeights, network: nn.Module, dtype: torch.dtype) -> str:
