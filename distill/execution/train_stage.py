@@ -280,6 +280,7 @@ def _export(
             f"distill run {work.run.root} --resume"
         )
     load_own(student, tensors)
+    del tensors  # the export needs memory
     card = training.card.model_copy(update={"weights": weights, "images": images})
     export(merged(role, student), folder, card, training.init.packaging, _proof(work, stage, training.init, student))
 

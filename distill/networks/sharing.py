@@ -4,6 +4,7 @@ The weights of a base are the same parameters in all its copies. They are marked
 averages, saves or sends them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 
@@ -32,6 +33,18 @@ def as_base(network: nn.Module) -> None:
             setattr(parameter.requires_grad_(False), MARK, True)
 
 
+def main_dtype(network: nn.Module) -> torch.dtype:
+    """The data type of most weights of a network, without its adapters.
+
+    Some classes keep a few layers in float32 whatever the data type of the others is, and these may come first.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for name, parameter in network.named_parameters():
+        if ADAPTER not in name:
+            sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
 def copy_of(module: nn.Module) -> nn.Module:
     """A copy of a module. The weights of a base in it are shared with the module, and nothing else.
 
@@ -41,6 +54,17 @@ def copy_of(module: nn.Module) -> nn.Module:
     if shared:
         shared += module.buffers()
     return deepcopy(module, {id(each): each for each in shared})
+
+
+def on_cpu(module: nn.Module) -> nn.Module:
+    """A copy of a module on the CPU, to be read. If the module is there already, both have the same weights in memory.
+
+    Layers and configs are copied in any case, so that they can be changed.
+    """
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    if any(each.device.type != "cpu" for each in tensors):
+        return copy_of(module).to("cpu")
+    return deepcopy(module, {id(each): each for each in tensors})
 
 
 def adapted(network: nn.Module) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ from distill.core.errors import RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_labels, sample_noise
-from distill.networks.sharing import copy_of, has_base, own_state
+from distill.networks.sharing import has_base, on_cpu, own_state
 from distill.networks.velocity import TIME_SCALE
 from distill.students import native, native_folder, shipped, stock
 from distill.students.loaded import KINDS, Student
@@ -51,7 +51,7 @@ def export(
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
-    reference = copy_of(student).to("cpu").eval()
+    reference = on_cpu(student).eval()
     for name, tensor in own_state(reference.network).items():
         if not tensor.isfinite().all():
             raise RunError(f"export failed: {name} contains NaN or infinity; nothing was exported")

@@ -254,7 +254,8 @@ def _share(grown: nn.Module, network: nn.Module, same: Collection[str]) -> None:
         grown.set_submodule(name, copy_of(part))
     new = {name: each for name, each in grown.named_parameters() if not is_shared(each) and ADAPTER not in name}
     for owner in {name.rpartition(".")[0]: None for name in new}:
-        part, dtype = grown.get_submodule(owner), next(network.parameters()).dtype
+        part = grown.get_submodule(owner)
+        dtype = next(part.parameters(recurse=False)).dtype  # a class may keep other layers in float32
         if dtype != torch.float32:
             part.float().register_forward_pre_hook(_cast_inputs)
             part.register_forward_hook(partial(_cast_output, dtype))
@@ -317,10 +318,10 @@ def _built_again(network: nn.Module) -> nn.Module:
         case ModelMixin():
             with init_empty_weights(include_buffers=False):
                 found = type(network).from_config(network.config)
-            weights = {
-                name: each.detach().to(torch.float32 if each.is_floating_point() else each.dtype, copy=True)
-                for name, each in plain_weights(network).items()
-            }
+            weights, stored = plain_weights(network), {each.data_ptr() for each in network.state_dict().values()}
+            for name, each in weights.items():  # a weight into which an adapter was merged is a copy already
+                dtype = torch.float32 if each.is_floating_point() else each.dtype
+                weights[name] = each.detach().to(dtype, copy=each.data_ptr() in stored)
             found.load_state_dict(weights, strict=True, assign=True)
             convention_for(found).settled(found)
             return found.to(network.device)
