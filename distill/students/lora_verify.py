@@ -5,9 +5,8 @@
 A file can load nothing without an error, so all layers must be there, and the output of the network must change.
 """
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,15 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from distill.core import space
+from distill.core.atomic import hidden_folder
 from distill.core.errors import RunError
 from distill.flow.draws import sample_noise
 from distill.networks.experts import Experts
+from distill.networks.sharing import main_dtype
 from distill.networks.two_times import TwoTimes
 from distill.protocols import Cond
 from distill.spec.model import CheckpointTeacher, TeacherSpec
@@ -31,9 +34,10 @@ from distill.students.lora_comfy import ENDINGS, changed_layers, read_comfy, why
 from distill.students.lora_folder import COMFY
 from distill.students.lora_weights import FILE_2, LoraWeights, from_network, needs_peft
 from distill.students.native import NativeStudent
-from distill.teachers import checkpoint, layout
+from distill.teachers import by_id, checkpoint, layout
 
 STORED = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+TEMPORARY = "base-of-lora"  # name of a folder that is hidden beside the student while its files are checked
 TIMES = (0.95, 0.05)  # at which the networks are called: of two networks, each is called
 TOLERANCES = {"cpu": 1e-4, "cuda": 1e-3}  # of outputs in float32, relative to the largest, by the student's device
 TOLERANCE_16 = 3e-2  # of outputs in 16 bits
@@ -70,10 +74,16 @@ def prove(folder: Path, student: NativeStudent, init: StudentInit, teacher: Teac
 
 
 def _unchanged(spec: TeacherSpec | None) -> Path | None:
-    """The folder of a teacher's pipeline, if it is here and its network has the weights that are stored there."""
-    if not isinstance(spec, CheckpointTeacher) or spec.lora or spec.variant or not Path(spec.path).is_dir():
+    """The folder of a teacher's pipeline, if its network has the weights that are stored there.
+
+    That of a hub id is in the hub's cache.
+    """
+    if not isinstance(spec, CheckpointTeacher) or spec.lora or spec.variant:
         return None
-    return Path(spec.path) / (spec.subfolder or "")
+    folder: Path | None = Path(spec.path)
+    if not Path(spec.path).exists() and spec.is_of_hub:
+        folder = by_id.cached_folder(spec)
+    return folder / (spec.subfolder or "") if folder is not None and folder.is_dir() else None
 
 
 def verify(
@@ -95,7 +105,8 @@ def verify(
     student: with its adapters, on any device. shape: of one of its samples. cond: one row, as
     `conditioning.collate(torch.tensor([0]))` gives it. comfyui: the files that `write_comfy` has returned. base: the
     folder of the pipeline that the base comes from, if it is unchanged; else its weights are written to a temporary
-    folder. pipeline: the class in model_index.json; "": the one of the network. dtype: of the matrices in the files.
+    folder beside `folder`. pipeline: the class in model_index.json; "": the one of the network.
+    dtype: of the matrices in the files.
     """
     network = native.base_of(student.network).eval()
     weights = from_network(network)
@@ -109,13 +120,13 @@ def verify(
     components = {prefix.removesuffix(".") or weights.component: part for prefix, part in parts.items()}
     first = next(iter(components.values()))
     scheduler = folder / "scheduler"
-    with _bases(components, base) as bases:
+    with _bases(components, base, folder) as bases:
         arguments: dict[str, object] = {
             "folder": str(folder.absolute()),
             "pipeline": pipeline or native.convention_for(network).pipeline_of(dict(first.config)),
             "base": {name: [type(part).__name__, str(bases[name])] for name, part in components.items()},
             "scheduler": str(scheduler.absolute()) if (scheduler / layout.SCHEDULER).is_file() else None,
-            "dtype": str(_dtype(first)).removeprefix("torch."),
+            "dtype": str(main_dtype(first)).removeprefix("torch."),
             "file_dtype": str(dtype).removeprefix("torch."),
             "peft": needs_peft(weights.network),
             "second": FILE_2,
@@ -178,17 +189,34 @@ def _by_component(files: Sequence[Path], network: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _bases(networks: Mapping[str, ModelMixin], base: Path | None) -> Iterator[dict[str, Path]]:
-    """The folder of each network without adapters: in the pipeline `base`, or in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
-        found = {}
-        for component, network in networks.items():
-            stored = None if base is None else base / component
-            if stored is None or not any((stored / name).is_file() for name in STORED):
-                stored = Path(temporary) / component
-                _plain(network).save_pretrained(stored, max_shard_size="5GB")
-            found[component] = stored.absolute()
-        yield found
+def _bases(networks: Mapping[str, ModelMixin], base: Path | None, beside: Path) -> Iterator[dict[str, Path]]:
+    """The folder of each network without adapters: in the pipeline `base`, or in a temporary folder beside `beside`."""
+    found = {component: base / component for component in networks} if base is not None else {}
+    found = {name: each for name, each in found.items() if any((each / file).is_file() for file in STORED)}
+    missing = {component: network for component, network in networks.items() if component not in found}
+    with ExitStack() as until:
+        if missing:
+            found |= until.enter_context(_written(missing, beside.absolute().with_name(TEMPORARY)))
+        yield {component: each.absolute() for component, each in found.items()}
+
+
+@contextmanager
+def _written(networks: Mapping[str, ModelMixin], path: Path) -> Iterator[dict[str, Path]]:
+    """The networks without adapters, each in a folder of a hidden temporary folder in the parent of `path`."""
+    plain = {component: _plain(network) for component, network in networks.items()}
+    need = sum(each.numel() * each.element_size() for part in plain.values() for each in part.state_dict().values())
+    space.require(path.parent, need, f"the weights of the base in {path.parent}, with which the LoRA files are checked")
+    with ExitStack() as until:
+        try:
+            folder = until.enter_context(hidden_folder(path))
+            for component, part in plain.items():
+                part.save_pretrained(folder / component, max_shard_size="5GB")
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"export failed: cannot write the weights of the base to {path.parent}, with which the LoRA files are "
+                f"checked: {getattr(error, 'strerror', None) or error}; nothing was exported"
+            ) from error
+        yield {component: folder / component for component in plain}
 
 
 def _plain(network: ModelMixin) -> ModelMixin:
@@ -305,13 +333,7 @@ def _stored(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     raise AssertionError(f"a network is called with a {type(value).__name__}")
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
-    """The data type of most weights of the base."""
-    weights = [each for name, each in network.named_parameters() if ".lora_" not in name]
-    return max(weights, key=lambda each: each.numel()).dtype
-
-
 def _tolerance(network: nn.Module) -> float:
-    if _dtype(network) != torch.float32:
+    if main_dtype(network) != torch.float32:
         return TOLERANCE_16
     return TOLERANCES[next(network.parameters()).device.type]
