@@ -28,8 +28,7 @@ from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say, say_error
 from distill.core.space import human
-from distill.exchange import student_card
-from distill.exchange.stock_students import ADAPTER_CONFIG, LORA_FILES
+from distill.exchange import lora_use, student_card
 from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
@@ -285,15 +284,15 @@ def _use(card: student_card.StudentCard, here: str) -> str:
     if any(name.startswith("vae/") for name in card.files):
         return f'DiffusionPipeline.from_pretrained("{here}")'
     name = one_line(card.teacher) or "its teacher"
-    if "student" in card.lora and LORA_FILES[0] in card.files and ADAPTER_CONFIG not in card.files:
-        return (
-            f'pipeline.load_lora_weights("{here}"), where pipeline is that of {name}; {here}/README.md says how to '
-            "sample it"
-        )
+    cannot = card.stock is not None and card.stock.reason
+    if "student" in card.lora and not cannot:
+        calls = "; ".join(lora_use.calls(card.files, card.component, here))
+        return f"{calls}, where pipeline is that of {name}; {here}/README.md says how to sample it"
     given = "--prompt TEXT" if card.num_classes is None else "--classes 0"
+    more = "" if "student" in card.lora else f"; {here}/README.md has the code for diffusers"
     return (
         f"distill sample {shlex.quote(here)} --teacher TEACHER {given} --out samples.png (TEACHER: the pipeline "
-        f"of {name}; {here}/README.md has the code for diffusers)"
+        f"of {name}{more})"
     )
 
 

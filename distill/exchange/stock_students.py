@@ -13,16 +13,10 @@ from typing import Any
 
 from distill.core.errors import InputError
 from distill.core.text import one_line, printable
+from distill.exchange.lora_use import ADAPTER_CONFIG, LORA_FILES
 from distill.exchange.student_card import StudentCard
 
 NOT_LOADED = "the student is not loaded because it may be unsafe or damaged"
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
-LORA_FILES = (
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights_2.safetensors",
-    "adapter_model.safetensors",
-    ADAPTER_CONFIG,
-)
 
 
 @dataclass(frozen=True)

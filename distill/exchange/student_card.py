@@ -20,7 +20,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
-from distill.exchange import measured
+from distill.exchange import lora_use, measured
 from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.spec.model import is_path
 
@@ -209,9 +209,11 @@ def record(folder: Path) -> dict[str, FileRecord]:
 def write(folder: Path, card: StudentCard) -> None:
     """Write README.md and distill.json, with the checksums of all files that are in the folder."""
     calls = [network_calls(card.sampler, steps) for steps in card.made_for]
-    card = card.model_copy(update={"is_distilled": True, "nfe": calls})
-    (folder / README).write_text(readme(card))
-    (folder / FILE_NAME).write_text(to_json(card.model_copy(update={"files": record(folder)})))
+    (folder / README).touch()  # so that it has its place in the list of files
+    card = card.model_copy(update={"is_distilled": True, "nfe": calls, "files": record(folder)})
+    text = readme(card).encode()
+    (folder / README).write_bytes(text)
+    (folder / FILE_NAME).write_text(to_json(_with_readme(card, text)))
 
 
 def read(folder: Path) -> StudentCard:
@@ -300,9 +302,14 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     old, finite = read(folder), {name: value for name, value in metrics.items() if math.isfinite(value)}
     card = old.model_copy(update={"metrics": {**old.metrics, **finite}})
     text = readme(card).encode()
-    files = {**old.files, README: FileRecord(sha256=hashlib.sha256(text).hexdigest(), size=len(text))}
     write_atomic(folder / README, text)
-    write_atomic(folder / FILE_NAME, to_json(card.model_copy(update={"files": files})))
+    write_atomic(folder / FILE_NAME, to_json(_with_readme(card, text)))
+
+
+def _with_readme(card: StudentCard, text: bytes) -> StudentCard:
+    """The card with the checksum of README.md, whose content is `text`."""
+    own = FileRecord(sha256=hashlib.sha256(text).hexdigest(), size=len(text))
+    return card.model_copy(update={"files": {**card.files, README: own}})
 
 
 def to_json(card: StudentCard) -> str:
@@ -358,6 +365,7 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         steps=card.fewest_steps,
         supported=_supported(card),
         call_steps=_call_steps(card),
+        lora_calls=lora_use.calls(card.files, card.component, "path/to/this/folder"),
         vector=len(card.shape) == 1,
         measured=measured.of(card.metrics, card.sampler),
         published=published,
