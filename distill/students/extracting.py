@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill import teachers
 from distill.core.atomic import new_folder
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import LoraFacts, StudentCard
 from distill.networks.two_times import ToData, TwoTimes
@@ -81,7 +81,7 @@ def extract(
     tell: is told how many parameters are decomposed, and their number.
 
     Raises InputError if the student has no weights of a network like that of `spec`, or for an invalid rank; RunError
-    if a written LoRA cannot be loaded.
+    if a LoRA cannot be written, or not be loaded again.
     """
     card = _suitable(folder)
     base = teachers.load_teacher(spec, CPU, probe=False)
@@ -108,22 +108,25 @@ def extract(
         )
 
     rows = []
-    with new_folder(out) as new:
-        _restore(network, before)
-        rows.append(row(0, 0, 0.0))
-        for rank in sorted(set(ranks)):
-            lora = change.lora(rank, *_named(base.network))
+    try:
+        with new_folder(out) as new:
             _restore(network, before)
-            merge(network, lora)
-            place = new / f"rank-{rank}"
-            facts = {"student": LoraFacts(rank=rank, alpha=rank, targets=[]), **card.lora}
-            described = card.model_copy(update={"lora": facts, "base_digest": base.base_digest, "metrics": {}})
-            adapted = _with_adapters(base, lora, student)
-            init = StudentInit(base, None, base.shape, base.num_classes, 0, base)
-            prove = partial(lora_verify.prove, student=adapted, init=init, teacher=spec)
-            export(adapted, place, described, base.packaging, prove)
-            size = sum(each.stat().st_size for each in place.rglob(lora_weights.FILE))
-            rows.append(row(rank, size, change.kept(rank)))
+            rows.append(row(0, 0, 0.0))
+            for rank in sorted(set(ranks)):
+                lora = change.lora(rank, *_named(base.network))
+                _restore(network, before)
+                merge(network, lora)
+                place = new / f"rank-{rank}"
+                facts = {"student": LoraFacts(rank=rank, alpha=rank, targets=[]), **card.lora}
+                described = card.model_copy(update={"lora": facts, "base_digest": base.base_digest, "metrics": {}})
+                adapted = _with_adapters(base, lora, student)
+                init = StudentInit(base, None, base.shape, base.num_classes, 0, base)
+                prove = partial(lora_verify.prove, student=adapted, init=init, teacher=spec)
+                export(adapted, place, described, base.packaging, prove)
+                size = sum(each.stat().st_size for each in place.rglob(lora_weights.FILE))
+                rows.append(row(rank, size, change.kept(rank)))
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}; nothing was kept") from error
     return ExtractedStudent(
         rows=rows,
         steps=card.fewest_steps,

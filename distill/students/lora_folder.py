@@ -66,6 +66,10 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "network": type(first).__name__,
             "component": native.convention_for(base).folder,
             "stock": stock.call,
+            # what the card says of the folder that an extracted LoRA comes from
+            "pipeline": "",
+            "size": [],
+            "dtype": "",
         }
     )
 

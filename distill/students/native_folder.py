@@ -62,7 +62,13 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     components = {each: ["diffusers", type(part).__name__] for each, part in networks(base)}
     components["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / layout.INDEX, pipeline_index.index_of(pipeline, components, options))
-    return card.model_copy(update={"network": type(first).__name__, "component": name, "stock": stock.call})
+    return card.model_copy(
+        update={
+            "network": type(first).__name__,
+            "component": name,
+            "stock": stock.call,
+        }
+    )
 
 
 def compare(network: nn.Module, folder: Path) -> None:
@@ -98,7 +104,8 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
         if not to_data:
             load_second_time(student.network.gap, folder / SECOND_TIME)
         return student
-    parts = [network_in(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
+    names = [name for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
+    parts = [network_in(folder / name, checkpoint.DTYPES[spec.dtype]) for name in names]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
     return native.acceleration(TwoNetworks(network, grown), call)
 
@@ -135,13 +142,13 @@ def networks(network: nn.Module) -> Iterator[tuple[str, ModelMixin]]:
             yield ACCELERATION, network.acceleration
 
 
-def network_in(folder: Path) -> ModelMixin:
-    """The network in a folder of a student. InputError if it is damaged."""
+def network_in(folder: Path, dtype: torch.dtype) -> ModelMixin:
+    """The network in a folder of a student, in this data type. InputError if it is damaged."""
     config = parse(folder / layout.CONFIG)
     network_class = native.by_name(str(config.get("_class_name")))
     if network_class is None:
         raise InputError(f"{folder / layout.CONFIG} names no network that is supported; copy or download it again")
-    found, _ = weights.network(folder, config, network_class, files.weights(folder))
+    found, _ = weights.network(folder, config, network_class, files.weights(folder), dtype)
     native.convention_for(found).settled(found)
     return found
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,13 +100,18 @@ def _export_lora(student: Path, folder: Path, dtype: str, teacher: CheckpointTea
         export(temporary / "student", folder, Package(dtype, teacher))
 
 
+def copy_files(student: Path, new: Path, names: Iterable[str]) -> None:
+    """Copy files of a student to a new folder. OSError if one is missing or cannot be copied."""
+    for name in names:
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_regular(student / name) as source, (new / name).open("xb") as target:
+            shutil.copyfileobj(source, target, BLOCK)
+
+
 def _copy(student: Path, folder: Path, names: Sequence[str]) -> None:
     try:
         with new_folder(folder.absolute()) as new:
-            for name in names:
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
-                with open_regular(student / name) as source, (new / name).open("xb") as target:
-                    shutil.copyfileobj(source, target, BLOCK)
+            copy_files(student, new, names)
     except OSError as error:
         raise RunError(f"cannot copy {student} to {folder}: {error.strerror}; nothing was kept") from error
 
