@@ -27,7 +27,7 @@ from distill.spec.model import is_path
 FILE_NAME, README = "distill.json", "README.md"
 # fields that cards of earlier versions do not have
 ADDED = {"fitted", "guidance", "lora", "base_digest", "trained_steps", "table_times", "stock"}
-ADDED |= {"is_distilled", "nfe", "pipeline", "size", "dtype"}
+ADDED |= {"is_distilled", "nfe", "pipeline", "size", "dtype", "embedded_guidance"}
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -141,6 +141,9 @@ class StudentCard(FrozenModel):
     """classifier-free guidance scale that the student has learnt; 1 = none"""
     guidance: Line = ""
     """how its pairs were guided, in words, if there was more to it than guidance_scale"""
+    embedded_guidance: Annotated[Number, Field(ge=0, le=10_000)] | None = None
+    """guidance scale that its network gets as an input, as in training; null: it takes none, its conditions have one in
+    each row, or an earlier version wrote the card"""
     weights: Literal["raw"] | Number
     """raw, or the half-life of the EMA weights, in images"""
     images: Count
@@ -313,10 +316,9 @@ def _with_readme(card: StudentCard, text: bytes) -> StudentCard:
 
 
 def to_json(card: StudentCard) -> str:
-    """The card as the text of distill.json. New fields are left out if empty: earlier versions do not know them."""
-    content = card.model_dump(
-        mode="json", exclude={name for name in ADDED if not card.model_dump(include={name})[name]}
-    )
+    """The card as the text of distill.json. New fields are left out if unset: earlier versions do not know them."""
+    unset = ADDED - card.model_dump(include=ADDED, exclude_defaults=True).keys()
+    content = card.model_dump(mode="json", exclude=unset)
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 

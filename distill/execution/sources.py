@@ -44,7 +44,7 @@ from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher, conditions
 from distill.teachers.dispatching import dispatched
-from distill.teachers.of_students import stage_teacher, weak_teacher
+from distill.teachers.of_students import stage_teacher, weak_teacher, with_guidance_of
 from distill.training.world import World
 
 
@@ -91,14 +91,13 @@ def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -
     """A teacher, which may be a LoRA student of `own`, the teacher of the spec."""
     folder = Path(given.path) if isinstance(given, CheckpointTeacher) else None
     if folder is None or own is None or not student_card.is_lora(folder):
-        folder, own = None, given
-    found = teachers.load_teacher(own, device, probe=False)
-    if folder is None:
-        return found
+        return teachers.load_teacher(given, device, probe=False)
+    assert isinstance(own, CheckpointTeacher), "a LoRA student is one of a checkpoint"
+    base = with_guidance_of(own, student_card.read(folder).embedded_guidance, folder)
     require_peft()
     from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-    return lora_folder.as_teacher(folder, found)
+    return lora_folder.as_teacher(folder, teachers.load_teacher(base, device, probe=False))
 
 
 def _places(

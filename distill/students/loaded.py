@@ -15,13 +15,14 @@ from distill.flow.conditioning import of_classes
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.adapters import require_peft
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.sharing import main_dtype
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Codec, Conditioning
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import native, native_folder
 from distill.teachers import checkpoint
 from distill.teachers.loaded import LoadedTeacher, Packaging
-from distill.teachers.of_students import student_as_teacher
+from distill.teachers.of_students import student_as_teacher, with_guidance_of
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent
 KINDS: dict[str, type[Student]] = {
@@ -102,8 +103,8 @@ def _load_lora(
             f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
             f"({card.teacher or 'not named in its card'}) with --teacher"
         )
-    dtype, base = checkpoint.DTYPES[like.dtype], shared
-    if base is None or base.base_digest != card.base_digest or not _is_there(base.network, device, dtype):
+    like, base = with_guidance_of(like, card.embedded_guidance, folder), shared
+    if base is None or not _is_base(base, card, device, checkpoint.DTYPES[like.dtype]):
         base = checkpoint.load(like, device, probe=False)
     student, digest = lora_folder.load(folder, card, base)
     return LoadedStudent(
@@ -123,9 +124,13 @@ def _load_lora(
     )
 
 
-def _is_there(network: nn.Module | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether all weights of a network are on a device, and have a data type."""
-    return network is not None and (
-        {each.device.type for each in network.parameters()} == {device.type}
-        and next(network.parameters()).dtype == dtype
+def _is_base(teacher: LoadedTeacher, card: StudentCard, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a teacher is the base of a LoRA student as the student needs it, on a device and in a data type."""
+    network, embedded = teacher.network, None if teacher.packaging is None else teacher.packaging.embedded_guidance
+    return (
+        network is not None
+        and teacher.base_digest == card.base_digest
+        and card.embedded_guidance in (None, embedded)
+        and {each.device.type for each in network.parameters()} == {device.type}
+        and main_dtype(network) == dtype
     )

@@ -66,6 +66,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "network": type(first).__name__,
             "component": native.convention_for(base).folder,
             "stock": stock.call,
+            "embedded_guidance": packaging.embedded_guidance,
             # what the card says of the folder that an extracted LoRA comes from
             "pipeline": "",
             "size": [],

@@ -67,6 +67,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
             "network": type(first).__name__,
             "component": name,
             "stock": stock.call,
+            "embedded_guidance": packaging.embedded_guidance,
         }
     )
 

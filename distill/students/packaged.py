@@ -119,7 +119,8 @@ def _copy(student: Path, folder: Path, names: Sequence[str]) -> None:
 def _loaded(student: Path, card: StudentCard, teacher: CheckpointTeacher | None, dtype: str) -> CheckedStudent:
     """The student with its weights in a data type. Its conditions are stood for by those of one prompt."""
     spec = student_as_teacher(student, teacher).model_copy(update={"dtype": dtype})
-    if spec.embedded_guidance is None and parse(student / card.component / layout.CONFIG).get("guidance_embeds"):
+    is_unknown = card.embedded_guidance is None and spec.embedded_guidance is None  # in cards of earlier versions
+    if is_unknown and parse(student / card.component / layout.CONFIG).get("guidance_embeds"):
         guidance = None if card.stock is None else card.stock.arguments.get("guidance_scale")
         spec = spec.model_copy(update={"embedded_guidance": guidance})
     found = checkpoint.read(spec, CPU, card.kind, prompts=1)

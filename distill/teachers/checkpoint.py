@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.printing import say_error
-from distill.flow.conditioning import ClassLabels
+from distill.flow.conditioning import ClassLabels, ConditionTable
 from distill.flow.draws import sample_noise
 from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
@@ -33,6 +33,7 @@ from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
+from distill.teachers.of_students import with_guidance_of
 from distill.teachers.read import Config, StudentFacts, lasting, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VeSchedule, VpSchedule
 from distill.teachers.variants import MERGE
@@ -108,7 +109,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
     """
     if spec.is_of_hub:
         _described(spec, kind, prompts, download=False)  # the weights of an invalid checkpoint are not downloaded
-    parts, facts, conditions, conditioning = _described(spec, kind, prompts, download=True)
+    spec, parts, facts, conditions, conditioning = _described(spec, kind, prompts, download=True)
     architecture, content = facts.architecture, facts.content
     dtype = DTYPES[spec.dtype]
     network, digests = _network(spec, parts, facts, dtype)
@@ -142,7 +143,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
         license=license_of(parts.root, parts.student),
         codec=facts.codec,
         call=call,
-        packaging=_packaging(spec, parts, schedule, chosen),
+        packaging=_packaging(spec, parts, facts, conditioning),
         base_digest=_digest(base),
     )
 
@@ -153,10 +154,11 @@ def _digest(identity: dict[str, object]) -> str:
 
 def _described(
     spec: CheckpointTeacher, kind: str, prompts: int | None = None, *, download: bool
-) -> tuple[files.Parts, Facts, ConditionFile | None, Conditioning]:
-    """The files of a checkpoint, what its configs say, and what its network is conditioned on."""
+) -> tuple[CheckpointTeacher, files.Parts, Facts, ConditionFile | None, Conditioning]:
+    """The spec with what the card of a student adds, the files, what configs say, and what the network takes."""
     parts = files.find(spec, download=download)
     facts = describe(spec, parts, kind)
+    spec = with_guidance_of(spec, parts.student.embedded_guidance, parts.root)
     architecture, path, content = facts.architecture, facts.path, facts.content
     null = spec.null_class if spec.null_class is not None else parts.student.null_class
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
@@ -166,8 +168,8 @@ def _described(
             constants = architecture.constants(content, asked)
             conditions = planned({name: each for name, each in fields.items() if name not in constants}, prompts)
             asked = replace(asked, conditions=conditions)
-        return parts, facts, conditions, architecture.conditioning(content, path, asked)
-    return parts, facts, conditions, architecture.conditioning(content, path, null)
+        return spec, parts, facts, conditions, architecture.conditioning(content, path, asked)
+    return spec, parts, facts, conditions, architecture.conditioning(content, path, null)
 
 
 def _network(
@@ -225,13 +227,14 @@ def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[st
     return found | ({} if conditions is None else {"conditions": conditions.digest})
 
 
-def _packaging(
-    spec: CheckpointTeacher, parts: files.Parts, schedule: Schedule | None, chosen: Path | None
-) -> Packaging:
+def _packaging(spec: CheckpointTeacher, parts: files.Parts, facts: Facts, conditioning: Conditioning) -> Packaging:
     index = {} if parts.pipeline is None else parse(parts.pipeline / INDEX)
     options = pipeline_index.options_of(parts.pipeline_class, index)
-    embedded = spec.embedded_guidance
-    return Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen), options, embedded)
+    embedded, convention = None, facts.architecture
+    constants = conditioning.constants if isinstance(conditioning, ConditionTable) else {}
+    if isinstance(convention, Convention) and "guidance" in constants:
+        embedded = convention.embedded_guidance if spec.embedded_guidance is None else spec.embedded_guidance
+    return Packaging(parts.pipeline_class, _scheduler(spec, facts.schedule, facts.chosen), options, embedded)
 
 
 def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path | None) -> Config:

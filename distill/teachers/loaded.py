@@ -28,7 +28,7 @@ class Packaging:
     pipeline: str  # name of the pipeline class; "" if there was only the network
     scheduler: Mapping[str, Any]  # content of the scheduler config
     options: Mapping[str, Any] = new_field(default_factory=dict)  # of the pipeline class, as in model_index.json
-    embedded_guidance: float | None = None  # that the network gets as an input; None: none, or the default
+    embedded_guidance: float | None = None  # that the network gets as an input; None: none, or one for each condition
 
 
 @dataclass(frozen=True)
@@ -162,5 +162,13 @@ class LoadedTeacher:
             raise InputError(
                 f"the weak model ({self.weak.description}) makes {theirs}, but the teacher ({self.description}) makes "
                 f"{ours}; use a weak model of the same data"
+            )
+        packagings = [each.packaging for each in (self, self.weak)]
+        mine, other = (None if each is None else each.embedded_guidance for each in packagings)
+        if other is not None and mine is not None and mine != other:
+            raise InputError(
+                f"the weak model ({self.weak.description}) takes the embedded guidance {other:g}, but the teacher "
+                f"({self.description}) {mine:g}, and both are called with one value; set teacher.embedded_guidance to "
+                f"{other:g}, or use another weak model"
             )
         return self.weak

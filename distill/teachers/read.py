@@ -99,6 +99,7 @@ class StudentFacts(Read):
     null_class: Annotated[int, Field(ge=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     unconditional: bool = True
+    embedded_guidance: Annotated[float, Field(ge=0, le=10_000)] | None = None
     license: str = ""
 
 
