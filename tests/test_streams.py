@@ -285,6 +285,35 @@ def test_an_index_that_is_not_valid_is_made_again(tmp_path):
     assert place.read_bytes() == good
 
 
+def test_a_limit_beyond_the_first_file_takes_the_rows_of_the_next_files(tmp_path):
+    for files, limit, used in ((3, 5, 3), (20, 19, 10)):
+        root = write(tmp_path / str(files), files=files, rows=2)
+        spec = hf(root, label_column="label", limit=limit)
+        loaded = data.load_data(spec, 0)
+        whole = data.load_data(hf(root, label_column="label"), 0).items(0, range(limit))
+        found = loaded.items(0, range(limit))
+        assert len(loaded) == limit and found.labels.tolist() == [row % 3 for row in range(limit)]
+        assert torch.equal(found.samples, whole.samples)
+        names = [f"train-{n:05}-of-{files:05}.parquet" for n in range(used)]
+        assert [Path(name).name for name in streaming._KNOWN[spec.index_file].files] == names
+
+
+def test_an_index_of_format_1_is_used_unless_a_limit_spans_several_files(tmp_path):
+    root = write(tmp_path / "x", rows=2)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    for limit, is_used in ((None, True), (1, True), (5, False)):
+        streaming._KNOWN.clear()
+        spec, run = hf(root, limit=limit), tmp_path / f"run-{limit}"
+        data.update_index(spec, tmp_path)
+        index = streamindex.read(tmp_path / spec.index_file)
+        assert index.head.format == 2 and len(index.files) == (1 if limit == 1 else 3)
+        old = replace(index, head=index.head.model_copy(update={"format": 1, "commit": commit}))
+        streamindex.write(run / spec.index_file, old)
+        assert data.streamed_commit(spec, run) == (commit if is_used else None)
+        data.update_index(spec, tmp_path, run)
+        assert streamindex.read(run / spec.index_file).head.format == (1 if is_used else 2)
+
+
 # --- runs ---
 
 

@@ -28,14 +28,16 @@ class _StreamHead(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
+    """1: with a limit and several files, rows may be listed in other files than they are in"""
     commit: str | None = Field(pattern=r"\A[0-9a-f]{40}\z")
     """of a hub id"""
     num_classes: int | None = Field(ge=1, le=MAX_CLASSES)
     count: int = Field(ge=1)
     """N, the number of rows that are used: the first ones"""
     content: str = Field(pattern=r"\A[0-9a-f]{64}\z")
-    """SHA-256 over the ends of all files, which list their row groups"""
+    """SHA-256 over what identifies the row groups of the files that are used: the size of each file, the size of its
+    footer, and the number of rows and bytes of each row group"""
 
 
 @dataclass(frozen=True)

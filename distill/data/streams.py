@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,6 +160,8 @@ def _size(name: str) -> int:
 class _FileContent:
     """What is read from one file for the index."""
 
+    number: int
+    """position of the file in the list of files"""
     groups: list[int]
     """rows of each row group"""
     content: str
@@ -219,7 +222,7 @@ def _made(spec: HfData, files: StreamFiles, listed: Sequence[tuple[str, int]]) -
     else:
         ids = np.fromiter((-1 if value is None else value for value in values()), np.int64)
         labels, num_classes = (None, None) if spec.label_column is None else _class_ids(spec, ids, read[0].num_classes)
-    groups = [(f, g, rows) for f, each in enumerate(read) for g, rows in enumerate(each.groups) if rows]
+    groups = [(each.number, g, rows) for each in read for g, rows in enumerate(each.groups) if rows]
     total = sum(rows for _, _, rows in groups)
     if total < (spec.limit or 1):
         limit = f"data.limit={spec.limit}, but " if spec.limit else ""
@@ -237,17 +240,18 @@ def _made(spec: HfData, files: StreamFiles, listed: Sequence[tuple[str, int]]) -
 
 def _contents(spec: HfData, files: StreamFiles, listed: Sequence[tuple[str, int]]) -> Iterator[_FileContent]:
     """Reads the files by several threads, in order, and not many more than are asked for."""
+    numbered = [(number, name, size) for number, (name, size) in enumerate(listed)]
+    first = 1 if spec.limit else THREADS  # with a limit, the first file is often enough
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(listed), THREADS):
-            part = listed[start : start + (1 if spec.limit and not start else THREADS)]
-            yield from pool.map(lambda file: _content(spec, files, *file), part)
+        for start, stop in pairwise([0, *range(first, len(numbered), THREADS), len(numbered)]):
+            yield from pool.map(lambda file: _content(spec, files, *file), numbered[start:stop])
 
 
-def _content(spec: HfData, files: StreamFiles, name: str, size: int) -> _FileContent:
-    return files.again(lambda: _content_once(spec, files, name, size), printable(name))
+def _content(spec: HfData, files: StreamFiles, number: int, name: str, size: int) -> _FileContent:
+    return files.again(lambda: _content_once(spec, files, number, name, size), printable(name))
 
 
-def _content_once(spec: HfData, files: StreamFiles, name: str, size: int) -> _FileContent:
+def _content_once(spec: HfData, files: StreamFiles, number: int, name: str, size: int) -> _FileContent:
     with files.open(name, size) as file, parquet.ParquetFile(file) as opened:
         facts, schema = opened.metadata, opened.schema_arrow
         _check_columns(spec, schema)
@@ -264,7 +268,7 @@ def _content_once(spec: HfData, files: StreamFiles, name: str, size: int) -> _Fi
             values = opened.read([column], use_threads=False).column(0).cast(kind).to_pylist()
             feature = datasets.Features.from_arrow_schema(schema)[column]
             names = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
-        return _FileContent([each.num_rows for each in groups], content, names, values)
+        return _FileContent(number, [each.num_rows for each in groups], content, names, values)
 
 
 def _check_columns(spec: HfData, schema: pa.Schema) -> None:
