@@ -258,6 +258,25 @@ def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):
     assert (kept(tmp_path, spec).sha256 == first.sha256).all(1).tolist() == [True, True, True, False]
 
 
+def test_a_run_refuses_a_table_that_has_changed_since_it_was_indexed(tmp_path):
+    folder(tmp_path / "set", 4)
+    encoded = [{"bytes": path.read_bytes(), "path": None} for path in sorted((tmp_path / "set").rglob("*.png"))]
+    spec = HfData(kind="hf", path=str(tmp_path / "set.parquet"), size=SIDE)
+    for changed, how in ((encoded[::-1], "its files are not the same"), (encoded[:3], "it had 4 rows and has 3")):
+        datasets.Dataset.from_dict({"image": encoded}).to_parquet(spec.path)
+        os.utime(spec.path, (1e9, 1e9))
+        data.update_index(spec, tmp_path, tmp_path / "run")
+        assert len(data.load_data(spec, 0, tmp_path / "run", indexed=True)) == 4
+        datasets.Dataset.from_dict({"image": changed}).to_parquet(spec.path)
+        with pytest.raises(RunError) as error:
+            data.load_data(spec, 0, tmp_path / "run", indexed=True)
+        assert str(error.value) == (
+            f"data.path={spec.path} (split 'train') has changed since the data was indexed: {how}; restore "
+            "the old files, then resume. If several machines train together, HF_DATASETS_CACHE must be one folder that "
+            "they all share"
+        )
+
+
 # --- found when images are used ---
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
 from distill import hub
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
 from distill.core.hub_repository import Repository
 from distill.core.text import printable, suggest
 from distill.data import KindLoader, texttables
@@ -52,12 +52,26 @@ class TableRows:
         return Encoded(image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
 
 
-def rows(spec: HfData, known: ImageIndex | None = None) -> TableRows:
-    """The images of a data set. Raises InputError if it cannot be read or the columns do not fit.
+def rows(spec: HfData, known: ImageIndex) -> TableRows:
+    """The images of an indexed data set. Raises InputError if it cannot be read or the columns do not fit.
 
-    known: the index; it is not used, because the table has the names of its rows.
+    Raises RunError if it is not the one that was indexed.
     """
-    return TableRows(_as_encoded(_opened(spec), spec))
+    table = _opened(spec)
+    if not _is_of(table, known):
+        had, has = f"{len(known):,}", f"{len(table):,}"
+        how = f"it had {had} rows and has {has}" if had != has else "its files are not the same"
+        raise RunError(
+            f"data.path={printable(spec.path)} (split '{spec.split}') has changed since the data was indexed: {how}; "
+            "restore the old files, then resume. If several machines train together, HF_DATASETS_CACHE must be one "
+            "folder that they all share"
+        )
+    return TableRows(_as_encoded(table, spec))
+
+
+def _is_of(table: Dataset, known: ImageIndex) -> bool:
+    """Whether a table is the one that was indexed."""
+    return known.head.stamp == _stamp(table) and len(known) == len(table)
 
 
 def found(spec: HfData, known: ImageIndex | None = None) -> FoundImages:
@@ -66,16 +80,15 @@ def found(spec: HfData, known: ImageIndex | None = None) -> FoundImages:
     known: an earlier index, whose captions are used again if the table has not changed.
     """
     table = _opened(spec)
-    stamp, captions = _stamp(table), None
+    captions = None
     if spec.caption_column is not None:
-        is_same = known is not None and known.head.stamp == stamp and len(known) == len(table)
-        captions = known.captions if known is not None and is_same else None
+        captions = known.captions if known is not None and _is_of(table, known) else None
         captions = captions or Captions.of(_captions(table, spec.caption_column))
     labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
     encoded = _as_encoded(table, spec)
     files = _files(encoded)
     stats = [_stat(name) if name else None for name in files]
-    return FoundImages(TableRows(encoded), files, stats, labels, num_classes, stamp, captions)
+    return FoundImages(TableRows(encoded), files, stats, labels, num_classes, _stamp(table), captions)
 
 
 def _opened(spec: HfData) -> Dataset:
