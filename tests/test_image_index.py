@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import load_file, save_file
 
 from distill import data
+from distill.cli import start
 from distill.core.errors import InputError, RunError
 from distill.data import decoding, index, indexed
 from distill.data.arrays import ArrayData
 from distill.data.images import ImageData
 from distill.data.index import State
 from distill.data.rows import FileRows, UsableRows
+from distill.execution import preflight  # noqa: F401  (imported here, so that no test waits for it)
+from distill.spec import specfile
 from distill.spec.model import HfData, ImagesData
 
 SIDE = 64
@@ -399,6 +403,43 @@ def test_a_background_shows_through(tmp_path, given, expected):
     assert shown == ([expected] * 3 if expected is not None else [-1.0, 1.0, -1.0])
     other = data.load_data(images(tmp_path, size=8, background=[1, 2, 3]), 0)
     assert loaded.digest != other.digest
+
+
+def test_a_background_needs_no_other_index(tmp_path, monkeypatch):
+    spec = images(folder(tmp_path / "set"))
+    noise(9, "RGBA").save(tmp_path / "set" / "a" / "z.png")
+    os.utime(tmp_path / "set" / "a" / "z.png", (1e9, 1e9))
+    data.update_index(spec, tmp_path)
+    white = images(tmp_path / "set", background="white")
+    assert white.index_file == spec.index_file
+    assert again(white, tmp_path, monkeypatch) < BYTES
+    assert len(data.load_data(white, 0, tmp_path)) == 9
+
+
+def test_a_check_that_fails_keeps_the_index_unless_it_would_create_a_store(tmp_path, monkeypatch):
+    folder(tmp_path / "set")
+    noise(9, "RGBA").save(tmp_path / "set" / "a" / "z.png")
+    os.utime(tmp_path / "set" / "a" / "z.png", (1e9, 1e9))
+    train = {"kind": "train", "recipe": "pretrain/flow_matching", "images": 64, "batch_size": 32}
+    stage = {**train, "network": {"kind": "unet", "channels": [8]}}
+    content = {"name": "x", "data": images(tmp_path / "set").model_dump(), "stages": {"teach": stage}}
+    source, store = specfile.SpecSource(specfile.validate(content, "x"), tmp_path, "x"), tmp_path / "store"
+
+    def read(check) -> int:
+        monkeypatch.setattr(indexed, "_INDEXES", {})
+        before = bytes_read()
+        with pytest.raises(InputError, match=r"set: 1 of 9 images have an alpha channel: .*z.png \(row 4\)"):
+            check()
+        return bytes_read() - before
+
+    start.checked(replace(source, spec=specfile.validate({**content, "data": {"kind": "digits"}}, "x")))  # imports
+    assert read(lambda: start.checked(source, store=store)) > 8 * BYTES and not store.exists()
+    assert read(lambda: start.begin(store, source)) > 8 * BYTES
+    assert [path.name for path in store.iterdir()] == ["indexes"] and len(kept(store, source.spec.data)) == 9
+    assert read(lambda: start.begin(store, source)) < 2 * BYTES
+    shutil.rmtree(store / "indexes")
+    assert read(lambda: start.checked(source, store=store)) > 8 * BYTES  # as `distill plan` does
+    assert len(kept(store, source.spec.data)) == 9
 
 
 def test_a_background_without_effect_is_refused(tmp_path):

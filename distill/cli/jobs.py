@@ -203,7 +203,7 @@ def submit_new(
 
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
-    ready = start.checked(source, here=False, store=folder)
+    ready = start.checked(source, here=False, store=folder, new=True)
     _say_memory(ready)
     source = replace(source, spec=ready.resolved.spec)
     del ready  # frees its networks

@@ -61,12 +61,13 @@ def locate(given: str) -> tuple[Path, str]:
 
 
 def checked(
-    source: "distill.spec.specfile.SpecSource", *, here: bool = True, store: Path | None = None
+    source: "distill.spec.specfile.SpecSource", *, here: bool = True, store: Path | None = None, new: bool = False
 ) -> "distill.execution.preflight.Ready":
     """Resolve a spec, and check everything that can be checked before it runs, including its teacher and data.
 
     Raises InputError if a check fails. here: it will run on this machine, so its devices are checked too.
-    store: the store, which may already have an index of the images.
+    store: the store, which may already have an index of the data. If the store exists, it keeps the index, so that
+    the data need not be read again if a check fails. new: a run will be created, so the store may be created, too.
     """
     from distill.spec import checks
 
@@ -82,13 +83,13 @@ def checked(
 
     if here:
         devices.place(spec.launch)
-    return preflight.check(resolved, store)
+    return preflight.check(resolved, store, keep_index=store is not None and (new or store.is_dir()))
 
 
 def begin(folder: Path, source: "distill.spec.specfile.SpecSource") -> RunPaths:
     """Validate a spec for this machine, and create its run."""
     refuse_taken(folder, source)
-    return create(folder, replace(source, spec=checked(source, store=folder).resolved.spec))
+    return create(folder, replace(source, spec=checked(source, store=folder, new=True).resolved.spec))
 
 
 def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> None:

@@ -104,7 +104,10 @@ def plan(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check a spec and print everything that its run would do; changes nothing."""
+    """Check a spec and print everything that its run would do; creates no run.
+
+    A store that exists keeps the index of the data, so that the run need not read all files again.
+    """
     from distill.plans import planning
 
     folder = store_path(store)

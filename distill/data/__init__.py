@@ -83,9 +83,9 @@ def load_data(
 
     seed: the seed of random crops and flips.
     folder: the folder of a store or a run. The index of the images is read from it if it has one (see `index`), but not
-    written.
+    written; `update_index` writes it.
     keep: cache the decoded images in this process for later loads of the same data set.
-    indexed: use the index in the run's folder without checking it, because `update_index` was called for this run.
+    indexed: use the index in the folder without checking it, because `update_index` was just called for it.
     """
     loader = loader_of(spec)
     return None if loader is None else loader.load(spec, seed, folder, keep=keep, indexed=indexed)

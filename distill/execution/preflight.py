@@ -13,7 +13,7 @@ import torch
 from distill import caches, teachers
 from distill.core import file_checksums
 from distill.core.errors import InputError
-from distill.data import DataSet, load_data, load_prompts, overview
+from distill.data import DataSet, load_data, load_prompts, overview, update_index
 from distill.data.encoded import codec_of, sample_shape
 from distill.data.overview import DataOverview
 from distill.execution import caching, sources
@@ -80,20 +80,24 @@ class Ready:
         return self.built[stage].student
 
 
-def check(resolved: Resolved, store: Path | None = None) -> Ready:
+def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = False) -> Ready:
     """Load the teacher and the data of a spec, build the networks of its train stages, and check that they fit.
 
     InputError if they do not. Errors in a stage that starts from, or is taught by, the student of an earlier stage are
     not reported, because that student is not trained yet: the stage is left out of `Ready.built`. A stage that trains
     adapters is an exception.
 
-    store: where an index of the images, and checksums of large files, may be kept.
+    store: where an index of the data, and checksums of large files, may be kept. keep_index: write the index to the
+    store before the checks that follow.
     """
     spec = resolved.spec
     if store is not None:
         file_checksums.read(store)
-    data = load_data(spec.data, spec.seed, store, keep=False)  # the images are not needed after the checks
-    texts = load_prompts(spec.data, store) if data is None else data.prompts
+    if store is not None and keep_index:
+        update_index(spec.data, store)
+    # The images are not needed after the checks.
+    data = load_data(spec.data, spec.seed, store, keep=False, indexed=keep_index)
+    texts = load_prompts(spec.data, store, indexed=keep_index) if data is None else data.prompts
     prompts = len(texts) if texts is not None and cacheuse.may_store_prompts(spec) else None  # not encoded yet
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU, prompts=prompts)
     takes_prompts = teacher is not None and isinstance(teacher.given, ConditionTable)

@@ -14,6 +14,10 @@ from distill.core.text import printable
 from distill.spec import bucketing
 from distill.spec.imagefields import Background, FittingBuckets, ImageSize, sides
 
+# Part of `DataKind.identity`. In earlier versions, indexes depended on whether there is no background. They do not any
+# more, but this value stays, so that the indexes in stores and runs are still found.
+WITHOUT_BACKGROUND = True
+
 
 class DataKind(FrozenModel):
     """What all kinds of data have in common. The defaults are those of samples that are part of no file."""
@@ -206,7 +210,7 @@ class ImageOptions(DataKind):
 
     @property
     def identity(self) -> list[object]:
-        return [self.model_dump()["kind"], local_place(self.path), self.background is None]
+        return [self.model_dump()["kind"], local_place(self.path), WITHOUT_BACKGROUND]
 
     def in_one_size(self) -> Self:
         return self.model_copy(update={"buckets": None})

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field
 
 from distill.spec import imagefolder
-from distill.spec.datakind import DataKind, ImageOptions, local_place
+from distill.spec.datakind import WITHOUT_BACKGROUND, DataKind, ImageOptions, local_place
 from distill.spec.imagefields import Background, VideoSize, other_form
 
 
@@ -93,7 +93,7 @@ class ImagesData(ImageOptions):
     @property
     def identity(self) -> list[object]:
         place = local_place(str(self.folder)) if self.folder.exists() else self.path
-        parts = [self.kind, place, self.background is None]
+        parts = [self.kind, place, WITHOUT_BACKGROUND]
         return [*parts, "captions"] if self.captions else parts
 
 
@@ -147,7 +147,7 @@ class TarsData(ImageOptions):
 
     @property
     def identity(self) -> list[object]:
-        return [self.kind, local_place(self.path), self.background is None, self.caption_key, self.label_key]
+        return [self.kind, local_place(self.path), WITHOUT_BACKGROUND, self.caption_key, self.label_key]
 
     def located(self, absolute: Callable[[str], str]) -> Self:
         if self.pattern is None:
@@ -218,7 +218,7 @@ class HfData(ImageOptions):
         if self.stream:
             return ["stream", place, *rows, self.caption_column, self.limit]
         captions = [] if self.caption_column is None else [self.caption_column]
-        return [self.kind, place, self.background is None, *rows, *captions]
+        return [self.kind, place, WITHOUT_BACKGROUND, *rows, *captions]
 
     def mistakes(self) -> Iterator[str]:
         if self.caption_column is not None and self.label_column is not None:
@@ -388,7 +388,7 @@ class VideosData(DataKind):
 
     @property
     def identity(self) -> list[object]:
-        parts = [self.kind, local_place(self.path), self.background is None]
+        parts = [self.kind, local_place(self.path), WITHOUT_BACKGROUND]
         return [*parts, "captions"] if self.captions else parts
 
 
