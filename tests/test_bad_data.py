@@ -385,8 +385,8 @@ CASES = {
     "extreme aspect ratio with buckets": (
         wide,
         {**bucketed((64, 96), step=16), "path": "y"},
-        "y: 1 of 1 images have an extreme aspect ratio: {tmp}/y/wide.png (row 0); the first, of 65000 x 1 pixels, "
-        "would be resized to 4160000 x 64, more than 67,108,864 pixels; crop or remove them",
+        "y: 1 of 1 images cannot be used: {tmp}/y/wide.png (row 0): an extreme aspect ratio: 65000 x 1 pixels would be "
+        "resized to 4160000 x 64, more than 67,108,864 pixels; crop, repair or remove them",
     ),
     "no tars": (
         nothing,

@@ -1,5 +1,6 @@
 """Folders of images: which have classes, which are refused, and the hints in the messages."""
 
+import hashlib
 import json
 import os
 import re
@@ -348,11 +349,34 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
     folder(tmp_path, "a.png")
     Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
     said = unreadable(tmp_path)
-    assert (
-        "1 of 2 images have an extreme aspect ratio: " in said
-        and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
+    assert said == (
+        f"{tmp_path.name}: 1 of 2 images cannot be used: {tmp_path}/long.png (row 1): an extreme aspect ratio: 1 x "
+        "3000000 pixels would be resized to 8 x 24000000, more than 67,108,864 pixels; crop, repair or remove them, or "
+        "increase data.max_unreadable (now 0)"
     )
-    assert "be resized to 8 x 24000000, more than 67,108,864 pixels; crop or remove them" in said
+
+
+def test_an_image_that_would_fill_the_memory_is_skipped_within_the_limit(tmp_path, capfd):
+    folder(tmp_path, "a.png", "c.png")
+    Image.new("LA", (1, 3_000_000)).save(tmp_path / "b.png")
+    options = {"kind": "images", "path": str(tmp_path), "size": 8}
+    with pytest.raises(InputError, match=r"increase data.max_unreadable \(now 0\)"):
+        data.load_data(ImagesData(**options), 0)
+    loaded = data.load_data(ImagesData(**options, max_unreadable=1), 0)
+    told = (
+        f"{tmp_path}/b.png (row 1): an extreme aspect ratio: 1 x 3000000 pixels would be resized to 8 x 24000000, more "
+        "than 67,108,864 pixels"
+    )
+    said = f"warning: {tmp_path.name}: 1 of 3 images cannot be used and are skipped: {told}\n"
+    assert capfd.readouterr().err == said
+    assert len(loaded) == 2 and loaded.unreadable == [told] and loaded.skipped == []
+    shape, sizes = loaded.items(0, [0, 1]).samples.shape, loaded.items(0, [0, 1]).sizes[:, :2].tolist()
+    assert shape == (2, 3, 8, 8) and [3_000_000, 1] not in sizes
+    content = hashlib.sha256(repr((8, 3, "center", False)).encode())
+    for name in ("a.png", "b.png", "c.png"):
+        content.update(hashlib.sha256((tmp_path / name).read_bytes()).digest())
+    content.update(bytes([1, 0, 1]))
+    assert loaded.digest == content.hexdigest()
 
 
 # --- what is no folder of images ---

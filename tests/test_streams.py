@@ -143,11 +143,21 @@ def test_images_without_a_caption_and_damaged_ones_are_skipped_within_the_limit(
     found = loaded.items(0, [0, 1, 2])
     assert found.labels.tolist() == [0, 2, 2] and loaded.skipped == [3]
     assert torch.equal(found.samples[1], found.samples[2])
-    with pytest.raises(
-        InputError,
-        match=r"a: 4 of 6 images cannot be used: row 3 \(.*\): no image, or a damaged one, row 1 .*; remove",
-    ):
+    said = r"row 3 \(.*\): no image, a damaged one, or an extreme aspect ratio, row 1 .*; remove"
+    with pytest.raises(InputError, match=f"a: 4 of 6 images cannot be used: {said}"):
         data.load_data(hf(path, caption_column="text", max_unreadable=3), 0).items(0, [1])
+
+
+def test_an_image_that_would_fill_the_memory_is_skipped(tmp_path, capsys):
+    file, path = io.BytesIO(), tmp_path / "a.parquet"
+    Image.new("L", (1, 3_000_000)).save(file, "png")
+    images = [{"bytes": each, "path": None} for each in (image(0), file.getvalue())]
+    parquet.write_table(pa.table({"image": images}), path)
+    loaded = data.load_data(hf(path, max_unreadable=1), 0)
+    found = loaded.items(0, [0, 1]).samples
+    assert torch.equal(found[0], found[1]) and loaded.skipped == [1]
+    said = f"row 1 ({path}): no image, a damaged one, or an extreme aspect ratio"
+    assert capsys.readouterr().err == f"warning: a: 1 of 2 images cannot be used and are skipped: {said}\n"
 
 
 def test_an_image_with_an_alpha_channel_needs_a_background(tmp_path):
@@ -415,7 +425,8 @@ def test_images_that_are_only_paths_cannot_be_streamed(tmp_path):
     )
     some = pa.array([{"bytes": image(0), "path": None}, *images[1:]], kind)
     parquet.write_table(table(range(10), image=some), file, row_group_size=4)
-    with pytest.raises(InputError, match=r"row 1 \(.*x.parquet\): no image, or a damaged one; remove them"):
+    said = r"row 1 \(.*x.parquet\): no image, a damaged one, or an extreme aspect ratio; remove them"
+    with pytest.raises(InputError, match=said):
         data.load_data(hf(file), 0).items(0, [1])
 
 

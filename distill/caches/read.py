@@ -91,7 +91,7 @@ class CachedLatents:
     def _samples(self, shard: dict[str, Tensor], rows: Tensor, epoch: int, indices: list[int]) -> Tensor:
         kind = self.manifest.latents
         flipped = torch.zeros(len(rows), dtype=torch.bool)
-        if self.manifest.mirrored:  # the same images as in data with flip
+        if self.manifest.mirrored:  # by the rule of data with flip, but for the number of the item in the cache
             flipped = torch.tensor([draws.uniforms(3, self.seed, epoch, index)[2] < 0.5 for index in indices])
         if kind == "pixels":
             pixels = restored(shard["pixels"][rows])

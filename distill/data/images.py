@@ -20,7 +20,8 @@ from distill.data.rows import ImageRows, UsableRows
 from distill.data.source import Bucket, Items
 from distill.spec.model import ImageOptions
 
-KEEP_BYTES = 2**30  # maximum size of all decoded images that are kept in memory
+# Maximum size of the decoded images that a data set keeps in memory, in one process or in all workers of it.
+KEEP_BYTES = 2**30
 MAX_PIXELS = 2**26  # maximum size of an image after it is resized to cover a sample
 SHOWN = 5  # maximum number of names in a message
 BLOCK = 2**16  # rows that are hashed or checked together
@@ -29,11 +30,11 @@ BLOCK = 2**16  # rows that are hashed or checked together
 class ImageData:
     """Rows of encoded images as samples [channels, height, width]. Implements `source.DataSet`.
 
-    Images that the index lists as damaged, or without a usable caption, are reported and skipped. If an image turns out
-    to be damaged when it is decoded, the next image takes its place. More than options.max_unreadable damaged images
-    raise InputError. Grey images are repeated to three channels in a colour data set, and colour images are converted
-    to grey in a grey one. Images with an alpha channel need options.background. With options.buckets, samples have the
-    size of the bucket with the most similar aspect ratio.
+    Images that the index lists as damaged, of an extreme aspect ratio, or without a usable caption, are reported and
+    skipped. If an image turns out to be damaged when it is decoded, the next image takes its place. More than
+    options.max_unreadable such images raise InputError. Grey images are repeated to three channels in a colour data
+    set, and colour images are converted to grey in a grey one. Images with an alpha channel need options.background.
+    With options.buckets, samples have the size of the bucket with the most similar aspect ratio.
     """
 
     encoded = False
@@ -51,7 +52,9 @@ class ImageData:
         self._sizes = options.sizes
         # The position in _sizes of each row's size; without buckets, it is 0 for all rows.
         self._size_of = None if options.buckets is None else nearest(index.sides, self._sizes)
-        unusable = index.state != State.FINE
+        long = self._too_long() & (index.state == State.FINE)
+        self._has_long = bool(long.any())
+        unusable = (index.state != State.FINE) | long
         if self.prompts is not None:
             unusable |= index.labels < 0
         self._refuse(~unusable)
@@ -60,7 +63,7 @@ class ImageData:
         self.skipped: list[int] = []
         self._skipped: set[int] = set()  # the same rows
         self._labels = None if self.num_classes is None else torch.from_numpy(index.labels)
-        self.digest = _digest(index, options, self._background, self._sizes)
+        self.digest = _digest(index, options, self._background, self._sizes, ~unusable)
         if len(self._readable) < len(index):
             self._report()
 
@@ -160,6 +163,13 @@ class ImageData:
         reason = REASONS.get(State(int(self._index.state[row])))
         if self.prompts is not None and self._index.labels[row] < 0 and reason is None:
             reason = FAULTS[CaptionFault(-int(self._index.labels[row]))]
+        if reason is None and self._has_long and self._too_long(row, row + 1).any():
+            height, width = self._index.sides[row].tolist()
+            covers = covering(height, width, self._size(row))
+            reason = (
+                f"an extreme aspect ratio: {width} x {height} pixels would be resized to {covers[1]} x {covers[0]}, "
+                f"more than {MAX_PIXELS:,} pixels"
+            )
         if reason is None and self.prompts is not None:
             reason = "cannot be decoded"
         return self._rows.name(row) + (f": {reason}" if reason else "")
@@ -181,24 +191,17 @@ class ImageData:
                 f"data.background={self._options.background} has no effect: none of the {total} images of "
                 f"{self.name} has an alpha channel; remove it"
             )
-        long = self._too_long()
-        if len(long):
-            height, width = index.sides[long[0]].tolist()
-            covers = covering(height, width, self._size(int(long[0])))
-            raise InputError(
-                f"{self.name}: {len(long)} of {total} images have an extreme aspect ratio: {self._names(long)}; the "
-                f"first, of {width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, more than "
-                f"{MAX_PIXELS:,} pixels; crop or remove them"
-            )
 
-    def _too_long(self) -> NDArray[np.int64]:
-        """The rows of images of more than MAX_PIXELS pixels after resizing."""
+    def _too_long(self, first: int = 0, last: int | None = None) -> NDArray[np.bool_]:
+        """Whether the images of these rows have more than MAX_PIXELS pixels after resizing. last: None for all rows."""
         found, sizes = [], np.array(self._sizes)
-        for start in range(0, len(self._index), BLOCK):
-            height, width = self._index.sides[start : start + BLOCK].clip(1).T.astype(np.float64)
-            target = sizes[[0] if self._size_of is None else self._size_of[start : start + BLOCK]]
+        stop = len(self._index) if last is None else last
+        for start in range(first, stop, BLOCK):
+            part = slice(start, min(start + BLOCK, stop))
+            height, width = self._index.sides[part].clip(1).T.astype(np.float64)
+            target = sizes[[0] if self._size_of is None else self._size_of[part]]
             scales = np.maximum(target[:, 0] / height, target[:, 1] / width)
-            found.append(start + np.flatnonzero(scales**2 * (height * width) > MAX_PIXELS))
+            found.append(scales**2 * (height * width) > MAX_PIXELS)
         return np.concatenate(found)
 
     def _names(self, rows: NDArray[np.int64]) -> str:
@@ -208,7 +211,7 @@ class ImageData:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
         rows = [*self._readable.unusable[:SHOWN].tolist(), *self.skipped]
         found, total = len(self._readable.unusable) + len(self.skipped), len(self._index)
-        decodable = self.prompts is None and self._index.members is None
+        decodable = self.prompts is None and self._index.members is None and not self._has_long
         problem = "cannot be decoded" if decodable else "cannot be used"
         skipping.report(
             f"{self.name}: {found} of {total} images {problem}",
@@ -216,17 +219,23 @@ class ImageData:
             found=found,
             total=total,
             limit=self._options.max_unreadable,
-            todo="repair or remove them",
+            todo=f"{'crop, ' if self._has_long else ''}repair or remove them",
         )
 
 
 def _digest(
-    index: ImageIndex, options: ImageOptions, background: Colour | None, sizes: Sequence[tuple[int, int]]
+    index: ImageIndex,
+    options: ImageOptions,
+    background: Colour | None,
+    sizes: Sequence[tuple[int, int]],
+    usable: NDArray[np.bool_],
 ) -> str:
     """SHA-256 over the options that change samples, the captions, and the images that have bytes.
 
     Of these: first all checksums, then a byte 1 for each that is usable (0 for others), then the labels of the usable
     ones as int64, if there are labels. It is computed each time the data is opened, in seconds for 100 million images.
+
+    usable: [N]
     """
     content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
     if options.buckets is not None:
@@ -236,9 +245,6 @@ def _digest(
     if index.captions is not None:
         content.update(index.captions.prompts.digest.encode())
     has_bytes = index.state < State.EMPTY
-    usable = index.state == State.FINE
-    if len(index.labels):
-        usable &= index.labels >= 0
     fields = [(index.sha256, has_bytes), (usable, has_bytes), *([(index.labels, usable)] if len(index.labels) else [])]
     for values, chosen in fields:
         for start in range(0, len(index), BLOCK):

@@ -106,7 +106,8 @@ class StreamData:
         """Warns about the unusable images found so far. Raises InputError if there are too many."""
         without = self._usable.unusable
         found, total = len(without) + len(self._skipped), len(self._index)
-        names = [f"{self._rows.name(row)}: no image, or a damaged one" for row in sorted(self._skipped)[:SHOWN]]
+        why = "no image, a damaged one, or an extreme aspect ratio"
+        names = [f"{self._rows.name(row)}: {why}" for row in sorted(self._skipped)[:SHOWN]]
         for row in without[: SHOWN - len(names)].tolist():
             names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
         skipping.report(
