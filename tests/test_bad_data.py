@@ -660,7 +660,15 @@ CAPTIONS = {
     ),
     "an open quote in a CSV file": (
         *captioned({"a.png": None, "metadata.csv": 'file_name,text\na.png,"a cat\n'}),
-        "{set}/metadata.csv, line 2: is not CSV (unexpected end of data)",
+        "{set}/metadata.csv, line 2: is not CSV (unexpected end of data); correct the line",
+    ),
+    "a CSV file whose header does not end": (
+        *captioned({"a.png": None, "metadata.csv": "a" * 200_000}),
+        "{set}/metadata.csv, line 1: is not CSV (field larger than field limit (131072)); correct the line",
+    ),
+    "two columns of captions in a CSV file": (
+        *captioned({"a.png": None, "metadata.csv": "file_name,caption,text\na.png,a cat,a dog\n"}),
+        "{set}/metadata.csv: has the columns 'text' and 'caption'; remove the one not to use",
     ),
     "a parquet file that is none": (
         *captioned({"a.png": None, "metadata.parquet": "file_name"}),
@@ -731,7 +739,8 @@ def columns(**values: object) -> Case:
     return make, {"kind": "prompts", "path": "set"}
 
 
-LINES = '{"a": "x", "b": "y", "n": 1}\n{"a": null, "b": ["y"]}\n'
+LINES = '{"a": "x", "b": "y", "n": 1}\n{"a": null, "b": "y"}\n'
+MIXED = '{"a": "x", "b": "y", "n": 1}\n{"a": null, "b": ["y"]}\n'
 PROMPTS = {
     "no prompts": (
         *prompts({}, "x.txt"),
@@ -779,7 +788,7 @@ PROMPTS = {
         "data.max_unreadable (now 0)",
     ),
     "a prompt that is no text": (
-        *prompts({"a.jsonl": LINES}, "set/a.jsonl", column="b"),
+        *prompts({"a.jsonl": MIXED}, "set/a.jsonl", column="b"),
         "{set}/a.jsonl, line 2: 'b' is of type list, but a prompt must be a text",
     ),
     "no column with texts": (*columns(n=[1]), "{set}/a.parquet: has no column with texts, only: n"),

@@ -83,6 +83,18 @@ def test_captions_beside_images_and_in_tables_are_the_same_data(tmp_path):
     assert len({each.digest for each in found}) == 1
 
 
+def test_a_first_object_without_a_caption_and_an_empty_column_do_not_matter(tmp_path):
+    root, rows = images(tmp_path / "set"), list(zip(NAMES, TEXTS, strict=True))
+    first = [{"file_name": rows[0][0]}, {"file_name": rows[1][0], "caption": rows[1][1], "text": None}]
+    lines = [*first, *({"file_name": name, "caption": text} for name, text in rows[2:])]
+    (root / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert seen(data.load_data(spec(root, max_unreadable=1), 0)) == EXPECTED[1:]
+    (root / "metadata.jsonl").unlink()
+    quoted = "".join(f'"{name}","{text.replace(chr(34), chr(34) * 2)}"\n' for name, text in rows)
+    (root / "metadata.csv").write_bytes(f'\ufeff"file_name","text"\n{quoted}'.encode())
+    assert seen(data.load_data(spec(root), 0)) == EXPECTED
+
+
 def test_a_changed_caption_changes_the_digest_and_only_that_file_is_read_again(tmp_path, monkeypatch):
     read, real = [], captions.read_regular
     monkeypatch.setattr(

@@ -140,6 +140,22 @@ def test_a_first_object_whose_prompt_is_null_does_not_hide_the_others(tmp_path, 
     )
 
 
+def test_the_first_thousand_objects_decide_which_columns_have_texts(tmp_path):
+    def found(*rows: dict[str, object], column: str | None = None) -> list[str]:
+        path = tmp_path / "x.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        promptfiles._READ.clear()
+        return list(data.load_prompts(PromptsData(kind="prompts", path=str(path), max_unreadable=999, column=column)))
+
+    assert found({"id": 7}, {"id": 8, "prompt": "a cat"}) == ["a cat"]
+    assert found({"id": "7", "prompt": "a dog"}, {"id": 8, "prompt": "a cat"}) == ["a dog", "a cat"]
+    assert found({"note": None, "prompt": "a dog"}, {"prompt": "a cat"}) == ["a dog", "a cat"]
+    empty = [{"id": "7", "prompt": None}] * 999
+    assert found(*empty, {"id": "8", "prompt": "a cat"}, column="prompt") == ["a cat"]
+    with pytest.raises(InputError, match="has 2 columns with texts; choose one with data.column: id, prompt"):
+        found(*empty, {"id": "8", "prompt": "a cat"})
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet"])
 def test_a_fifo_is_refused_instead_of_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)

@@ -18,6 +18,7 @@ from distill.data import texttables
 from distill.data.facts import CHUNK, TASK, THREADS, times
 from distill.data.index import SETTLED, ImageIndex
 from distill.data.prompts import MAX_LENGTH, CaptionFault, Captions, StoredCaption
+from distill.data.texttables import Holds
 from distill.spec.captionfiles import CaptionFiles
 from distill.spec.imagefolder import ImageFolder
 
@@ -103,9 +104,13 @@ def _of_tables(root: Path, tables: Iterable[str], names: Sequence[str]) -> list[
         column = _column(path)
         other = next(name for name in COLUMNS if name != column)
         missing: list[str] = []
-        for row in texttables.rows(path, [NAME, column]):
+        for row in texttables.rows(path, [NAME, *COLUMNS]):
             at = f"{printable(str(path))}, {row.place}"
             name = _name(row.values, at)
+            if row.values.get(column) is not None and row.values.get(other) is not None:
+                raise InputError(
+                    f"{printable(str(path))}: has the columns 'text' and 'caption'; remove the one not to use"
+                )
             if row.values.get(other) is not None:
                 raise InputError(f"{at}: has '{other}', but earlier rows have '{column}'; use one of both for all rows")
             image = where.get(posixpath.normpath(posixpath.join(folder, name)))
@@ -132,18 +137,16 @@ def _of_tables(root: Path, tables: Iterable[str], names: Sequence[str]) -> list[
 
 def _column(path: Path) -> str:
     """The column of the captions. Raises InputError if the columns do not fit."""
-    columns = list(texttables.columns_of(path))
-    given = [name for name in COLUMNS if name in columns]
+    columns = texttables.columns_of(path)
+    given = sorted(set(COLUMNS) & columns.keys(), key=list(columns).index)
     shown = printable(", ".join(columns) or "none")
     if NAME not in columns:
         raise InputError(f"{printable(str(path))}: has no column '{NAME}' with the paths of the images, only: {shown}")
-    if len(given) == 2:
-        raise InputError(f"{printable(str(path))}: has the columns 'text' and 'caption'; remove the one not to use")
     if not given:
         raise InputError(
             f"{printable(str(path))}: has no column 'text' or 'caption' with the captions, only: {shown}; rename one"
         )
-    return given[0]
+    return next((name for name in given if columns[name] is not Holds.NOTHING), given[0])
 
 
 def _name(values: dict[str, object], at: str) -> str:

@@ -15,6 +15,7 @@ from distill.data.facts import times
 from distill.data.index import SETTLED
 from distill.data.promptindex import FileState, FoundPrompts, PromptsHead
 from distill.data.prompts import FAULTS, CaptionFault, Prompts
+from distill.data.texttables import Holds
 from distill.spec.dataspec import PromptsData
 
 SHOWN = 5  # names that a message lists
@@ -88,7 +89,7 @@ def _stored(spec: PromptsData, files: list[Path]) -> Iterator[tuple[str, bytes |
         return
     column = _column(spec, files[0])
     for file in files:
-        if file != files[0] and not texttables.columns_of(file).get(column):
+        if file != files[0] and texttables.columns_of(file).get(column) is not Holds.TEXTS:
             raise InputError(
                 f"{printable(str(file))}: has no column '{printable(column)}' with texts, unlike "
                 f"{printable(files[0].name)}; give files with the same columns"
@@ -108,7 +109,8 @@ def _stored(spec: PromptsData, files: list[Path]) -> Iterator[tuple[str, bytes |
 def _column(spec: PromptsData, file: Path) -> str:
     """The column of the prompts. Raises InputError if it does not exist or has no texts, or if it is not clear."""
     columns = texttables.columns_of(file)
-    texts = [name for name, is_text in columns.items() if is_text]
+    texts = [name for name, holds in columns.items() if holds is Holds.TEXTS]
+    texts = texts or [name for name, holds in columns.items() if holds is Holds.NOTHING]
     where = printable(str(file))
     if spec.column is None:
         if len(texts) == 1:
@@ -123,7 +125,7 @@ def _column(spec: PromptsData, file: Path) -> str:
             f"data.column={printable(spec.column)}: {where} has no such column; "
             f"{printable(suggest(spec.column, texts or columns))}"
         )
-    if not columns[spec.column]:
+    if columns[spec.column] is Holds.OTHERS:
         raise InputError(
             f"data.column={printable(spec.column)}: has no texts in {where}; columns with texts: "
             f"{printable(', '.join(texts) or 'none')}"

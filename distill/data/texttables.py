@@ -8,6 +8,8 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from enum import Enum
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from distill.core.regular_files import open_regular
 from distill.core.text import one_line, printable
 
 BATCH = 4096  # rows of a parquet file that are read together
+SAMPLE = 1000  # first objects of JSON Lines, whose keys are the columns
 
 
 class TableRow(NamedTuple):
@@ -39,20 +42,26 @@ def rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[TableRow]
             yield from _parquet(path, columns)
 
 
-def columns_of(path: Path) -> dict[str, bool]:
-    """The columns of a table, and whether each has texts. For JSON Lines, they are the keys of the first object, and
-    its null values count as texts if it has no others.
+class Holds(Enum):
+    """What the values of a column are, apart from nulls."""
+
+    TEXTS = "texts"
+    NOTHING = "nothing"
+    MIXED = "texts and others"
+    OTHERS = "others"
+
+
+def columns_of(path: Path) -> dict[str, Holds]:
+    """The columns of a table, and what they hold. For JSON Lines, they are the keys and values of the first 1,000
+    objects.
 
     Raises InputError if the file cannot be read as its suffix says.
     """
     match path.suffix.lower():
         case ".jsonl":
-            first = next(_json_lines(path), None)
-            values = {} if first is None else first.values
-            kind = str if any(isinstance(value, str) for value in values.values()) else type(None)
-            return {key: isinstance(value, kind) for key, value in values.items()}
+            return _columns_of_json_lines(path)
         case ".csv":
-            return dict.fromkeys(_columns_of_csv(path), True)
+            return dict.fromkeys(_columns_of_csv(path), Holds.TEXTS)
     return _columns_of_parquet(path)
 
 
@@ -104,27 +113,49 @@ def _json_lines(path: Path) -> Iterator[TableRow]:
         yield TableRow(f"line {number}", values)
 
 
+def _columns_of_json_lines(path: Path) -> dict[str, Holds]:
+    found: dict[str, Holds] = {}
+    for row in islice(_json_lines(path), SAMPLE):
+        for key, value in row.values.items():
+            before = found.setdefault(key, Holds.NOTHING)
+            if value is not None:
+                now = Holds.TEXTS if isinstance(value, str) else Holds.OTHERS
+                found[key] = now if before in (Holds.NOTHING, now) else Holds.MIXED
+    return found
+
+
 def _csv(path: Path) -> Iterator[TableRow]:
-    decoded = (line.decode("utf-8", "surrogateescape") + "\n" for line in lines(path))
+    found = _csv_lines(path)
+    _, header = next(found, (1, []))
+    for number, values in found:
+        if not values:
+            continue
+        if len(values) != len(header):
+            raise InputError(
+                f"{printable(str(path))}, line {number}: has {len(values)} values, but there are {len(header)} "
+                "columns; put values with commas in double quotes"
+            )
+        yield TableRow(f"line {number}", dict(zip(header, values, strict=True)))
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of each line (the last one, if it has several) and its values; first the names of columns."""
+    encodings = chain(["utf-8-sig"], repeat("utf-8"))
+    decoded = (line.decode(each, "surrogateescape") + "\n" for each, line in zip(encodings, lines(path), strict=False))
     reader = csv.reader(decoded, strict=True)
     try:
-        header = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise InputError(
-                    f"{printable(str(path))}, line {reader.line_num}: has {len(row)} values, but there are "
-                    f"{len(header)} columns; put values with commas in double quotes"
-                )
-            yield TableRow(f"line {reader.line_num}", dict(zip(header, row, strict=True)))
+        yield reader.line_num, [name.strip() for name in next(reader, [])]
+        for values in reader:
+            yield reader.line_num, values
     except csv.Error as error:
-        raise InputError(f"{printable(str(path))}, line {reader.line_num}: is not CSV ({error})") from error
+        raise InputError(
+            f"{printable(str(path))}, line {reader.line_num}: is not CSV ({error}); correct the line"
+        ) from error
 
 
 def _columns_of_csv(path: Path) -> list[str]:
-    first = next(lines(path), b"").decode("utf-8-sig", "surrogateescape")
-    return [name.strip() for name in next(csv.reader([first]), [])]
+    _, header = next(_csv_lines(path))
+    return header
 
 
 # --- parquet ---
@@ -176,8 +207,8 @@ def is_text_type(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _columns_of_parquet(path: Path) -> dict[str, bool]:
+def _columns_of_parquet(path: Path) -> dict[str, Holds]:
     from pyarrow import parquet
 
     with _readable_parquet(path), parquet.ParquetFile(path) as file:
-        return {field.name: is_text_type(field.type) for field in file.schema_arrow}
+        return {each.name: Holds.TEXTS if is_text_type(each.type) else Holds.OTHERS for each in file.schema_arrow}
