@@ -401,7 +401,7 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
 
 def test_a_set_without_rows_is_refused():
     rows = TableRows(datasets.Dataset.from_dict({"image": []}))
-    known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None)
+    known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None, 0)
     with pytest.raises(InputError, match="data 'x' has no rows"):
         ImageData("x", rows, known, ImagesData(kind="images", path="x", size=8), 0)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from distill import data
 from distill.cli import start
 from distill.core.errors import InputError, RunError
-from distill.data import decoding, index, indexed
+from distill.data import decoding, folders, index, indexed
 from distill.data.arrays import ArrayData
 from distill.data.images import ImageData
 from distill.data.index import State
@@ -152,6 +153,19 @@ def test_a_file_written_as_it_was_indexed_is_not_trusted(tmp_path, monkeypatch):
     noise(50).save(tmp_path / "set" / "a" / "0.png")
     data.update_index(spec, tmp_path)
     assert BYTES < again(spec, tmp_path, monkeypatch) < 3 * BYTES
+
+
+def test_an_index_has_the_time_before_the_files_were_listed(tmp_path):
+    """A caption that changes between the listing and the images would not be read again otherwise."""
+    spec, listed = images(folder(tmp_path / "set")), []
+
+    def found(*given: object) -> index.FoundImages:
+        listed.append(time.time_ns())
+        return folders.found(*given)
+
+    before = time.time_ns()
+    replace(folders.LOADER, found=found).update_index(spec, tmp_path, None)
+    assert before <= kept(tmp_path, spec).head.written <= listed[0]
 
 
 @pytest.mark.parametrize("damage", ["half", "garbage", "labels", "lengths", "version", "types", "sides", "shapes"])

@@ -87,7 +87,7 @@ def found_images(root, stored):
 def loaded(root, stored, **options):
     found = found_images(root, stored)
     spec = ImagesData(kind="images", path=str(root), size=2, channels=1, **options)
-    return ImageData("set", found.rows, index.make(found, None), spec, 0)
+    return ImageData("set", found.rows, index.make(found, None, 0), spec, 0)
 
 
 def test_labels_of_captioned_images_are_numbers_of_their_prompts(tmp_path):
@@ -121,7 +121,7 @@ def test_images_without_a_usable_caption_are_skipped_and_named(tmp_path, capfd):
 
 def test_an_index_with_captions_is_read_as_it_was_written_unless_it_is_damaged(tmp_path):
     path = tmp_path / "index.safetensors"
-    index.write(path, made := index.make(found_images(tmp_path, ["b", None, "a"]), None))
+    index.write(path, made := index.make(found_images(tmp_path, ["b", None, "a"]), None, 0))
     read = index.read(path)
     assert list(read.captions.prompts) == ["b", "a"] and read.labels.tolist() == made.labels.tolist() == [0, -1, 1]
     assert read.num_classes == 2

@@ -2,6 +2,7 @@
 skipped; what is unchanged is not read again.
 """
 
+import errno
 import io
 import multiprocessing
 import os
@@ -382,6 +383,39 @@ def test_a_run_reads_only_its_index_and_refuses_a_tar_that_has_changed(tmp_path)
         RunError, match=r"1.png \(row 0\) cannot be read any more: it ends before the end of this image; restore it"
     ):
         loaded.items(0, [0])
+
+
+def test_an_image_that_cannot_be_read_in_its_tar_is_skipped_and_read_again_later(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.tar", [*sample("1", 1), *sample("2", 2)])
+    chosen, real = spec(path, max_unreadable=1), rows.TarRows.read
+
+    def read(tar: rows.TarRows, row: int) -> rows.Encoded:
+        if row == 1:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(tar, row)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rows.TarRows, "read", read)
+        data.update_index(chosen, tmp_path)
+        assert len(data.load_data(chosen, 0, tmp_path)) == 1
+    told = f"a.tar: 1 of 2 images cannot be used and are skipped: {path}: 2.png (row 1)"
+    assert capsys.readouterr().err == f"warning: {told}: not a regular file, or a read error\n"
+    first = index.read(tmp_path / chosen.index_file)
+    assert first.state.tolist() == [index.State.FINE, index.State.UNREAD]
+    assert first.file[1].tolist() == first.file[0].tolist() != [0, 0, 0]
+    again(chosen, tmp_path, monkeypatch)
+    assert index.read(tmp_path / chosen.index_file).state.tolist() == [index.State.FINE] * 2
+    assert data.load_data(chosen, 0, tmp_path).digest == data.load_data(chosen, 0).digest
+
+
+def test_a_tar_that_changes_while_it_is_indexed_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", sample("1", 1))
+    real = rows.TarRows.read
+    monkeypatch.setattr(rows.TarRows, "read", lambda tar, row: (os.utime(path, (2e9, 2e9)), real(tar, row))[1])
+    with pytest.raises(RunError) as error:
+        data.load_data(spec(path), 0)
+    said = "changed while the data was indexed; start again once it is complete"
+    assert str(error.value) == f"{path}: 1.png (row 0) {said}"
 
 
 def test_an_index_with_wrong_arrays_is_made_again(tmp_path, monkeypatch):

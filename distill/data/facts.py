@@ -31,7 +31,7 @@ class State(IntEnum):
     MISSING = 3
     DENIED = 4
     UNREAD = 5
-    """not a regular file, or a read error"""
+    """not a regular file, or a read error, which for an image in a tar is any error"""
     # In a tar:
     NO_IMAGE = 6
     SEVERAL_IMAGES = 7
@@ -47,7 +47,7 @@ class State(IntEnum):
 REASONS = {
     State.MISSING: "no such file",
     State.DENIED: "no permission to read it",
-    State.UNREAD: "not a regular file",
+    State.UNREAD: "not a regular file, or a read error",
     State.NO_IMAGE: "no image",
     State.SEVERAL_IMAGES: "several images",
     State.LINK: "a link or a sparse file, which is not read",

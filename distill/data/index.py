@@ -9,7 +9,6 @@ time. Other users may have written the indexes of a store, so every index is val
 """
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -208,13 +207,16 @@ def write(path: Path, index: ImageIndex) -> None:
     arrayfile.write(path, index.head, {name: value for name, value in arrays.items() if value is not None})
 
 
-def make(found: FoundImages, old: ImageIndex | None) -> ImageIndex:
+def make(found: FoundImages, old: ImageIndex | None, started: int) -> ImageIndex:
     """Makes the index of a data set. Entries of `old` are reused for unchanged images.
+
+    started: when reading began, before `found` was made, in ns since 1970. Files that are modified after it are read
+    again next time.
 
     Returns `old` itself if nothing has changed.
     """
     rows, n = found.rows, len(found.rows)
-    head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
+    head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=started)
     names = found.files if isinstance(found.files, FileNames) else FileNames.of(map(os.fsencode, found.files))
     tars = rows if isinstance(rows, TarRows) else None
     captions = found.captions
@@ -246,8 +248,12 @@ def make(found: FoundImages, old: ImageIndex | None) -> ImageIndex:
         for name in ("state", "sides", "alpha", "file", "sha256"):
             getattr(index, name)[known >= 0] = getattr(old, name)[known[known >= 0]]
     for row, facts in read_all(rows, new):
-        if found.in_tars is not None and facts.file != tuple(index.file[row].tolist()):
-            raise RunError(f"{rows.name(row)} changed while the data was indexed; start again once it is complete")
+        if found.in_tars is not None:
+            if facts.state >= State.EMPTY:  # the tar cannot be read here
+                index.state[row] = State.UNREAD
+                continue
+            if facts.file != tuple(index.file[row].tolist()):
+                raise RunError(f"{rows.name(row)} changed while the data was indexed; start again once it is complete")
         index.state[row], index.alpha[row] = facts.state, facts.alpha
         index.sides[row] = facts.sides
         index.file[row] = facts.file
@@ -274,8 +280,9 @@ def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[NDArray[np.int
     n = len(found.rows)
     known = np.full(n, -1)
     if found.in_tars is not None:
-        known = found.in_tars.known
-        return known, np.flatnonzero((known < 0) & (found.in_tars.state < State.EMPTY))
+        is_unread = found.in_tars.state == State.UNREAD  # in the old index: reading it may succeed now
+        known = np.where(is_unread, -1, found.in_tars.known)
+        return known, np.flatnonzero((known < 0) & ((found.in_tars.state < State.EMPTY) | is_unread))
     if old is None or old.head.stamp != found.stamp or (found.stamp and len(old) != n):
         return known, np.arange(n)
     where = {old.name(row): row for row in range(len(old))} if not found.stamp else {}

@@ -1,5 +1,6 @@
 """How kinds of data whose images have an index are indexed and loaded."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,9 @@ class IndexedImages(Generic[K]):
 
     def _indexed(self, spec: K, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
         """Lists the images of a data set and indexes those that are new or have changed."""
-        place = spec.index_file
+        place, started = spec.index_file, time.time_ns()
         known = _INDEXES.get(place, known)
         found = self.found(spec, known)
-        now = index.make(found, known)
+        now = index.make(found, known, started)
         _INDEXES[place] = now
         return found.rows, now
