@@ -244,7 +244,8 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
     assert capfd.readouterr().err == (f"warning: {named} and are skipped: {note} (row 4), {broken} (row 1)\n")
     assert labels.tolist() == [0, 0, 0, 1]
     assert torch.allclose(images[:, 0, 0, 7], torch.tensor([-0.6, 0.2, 0.2, 0.6]))  # 51, 153 twice, 204
-    assert loaded.unreadable == [f"{note} (row 4)", f"{broken} (row 1)"]
+    assert loaded.unusable(9) == (2, [f"{note} (row 4)", f"{broken} (row 1)"])
+    assert loaded.unusable(1) == (2, [f"{note} (row 4)"])
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -369,7 +369,7 @@ def test_an_image_that_would_fill_the_memory_is_skipped_within_the_limit(tmp_pat
     )
     said = f"warning: {tmp_path.name}: 1 of 3 images cannot be used and are skipped: {told}\n"
     assert capfd.readouterr().err == said
-    assert len(loaded) == 2 and loaded.unreadable == [told] and loaded.skipped == []
+    assert len(loaded) == 2 and loaded.unusable(9) == (1, [told]) and loaded.skipped == []
     shape, sizes = loaded.items(0, [0, 1]).samples.shape, loaded.items(0, [0, 1]).sizes[:, :2].tolist()
     assert shape == (2, 3, 8, 8) and [3_000_000, 1] not in sizes
     content = hashlib.sha256(repr((8, 3, "center", False)).encode())

@@ -328,14 +328,14 @@ def test_nothing_is_decoded_before_images_are_used(tmp_path, monkeypatch):
         loaded = data.load_data(spec, 0, tmp_path, indexed=True)
     made = kept(tmp_path, spec)
     assert (len(loaded), made.state.tolist(), made.alpha.tolist()) == (10, [State.FINE] * 10, [1] * 3 + [0] * 7)
-    assert loaded.unreadable == []
+    assert loaded.unusable(9) == (0, [])
     found = loaded.items(0, range(10))
     corners = found.samples[:, :, [0, 0, -1], [0, -1, 0]]  # top left, top right, bottom left
     expected = [*([-0.6, 1, -0.6] for _ in range(3)), *([-0.2] * 3 for _ in range(2)), [0.2] * 3, [-1, -1, 0.6]]
     expected += [[-1] * 3] * 3  # j.png takes the places of h.png and i.jpg
     assert torch.allclose(corners, torch.tensor(expected)[:, None].expand(10, 3, 3), atol=1e-6)
     assert found.sizes[6, :2].tolist() == [16, 8]
-    assert loaded.unreadable == [f"{root}/h.png (row 7)", f"{root}/i.jpg (row 8)"]
+    assert loaded.unusable(9) == (2, [f"{root}/h.png (row 7)", f"{root}/i.jpg (row 8)"])
 
 
 def spoil(path: Path) -> None:
@@ -349,7 +349,7 @@ def spoil(path: Path) -> None:
 def test_damage_within_a_file_is_named_when_the_image_is_used(tmp_path):
     spoil(folder(tmp_path / "set") / "a" / "2.png")
     loaded = data.load_data(images(tmp_path / "set"), 0)
-    assert len(loaded) == 8 and not loaded.unreadable
+    assert len(loaded) == 8 and loaded.unusable(9) == (0, [])
     said = r"set: 1 of 8 images cannot be decoded: .*a/2.png \(row 1\); repair or remove them, or .* \(now 0\)"
     with pytest.raises(InputError, match=said):
         loaded.items(0, [0, 1])
@@ -394,7 +394,7 @@ def test_ends_that_are_missing_are_found_in_every_common_format(tmp_path, capfd)
     loaded = data.load_data(images(tmp_path, max_unreadable=6), 0)
     found = values(loaded)
     assert "6 of 18 images cannot be decoded and are skipped: " in capfd.readouterr().err.splitlines()[-1]
-    assert sorted(Path(name.split(" (")[0]).name for name in loaded.unreadable) == [
+    assert sorted(Path(name.split(" (")[0]).name for name in loaded.unusable(9)[1]) == [
         f"half.{end}" for end in ("bmp", "gif", "jpg", "png", "tiff", "webp")
     ]
     assert len(loaded) == len(found) == 17  # of half.webp, not even the header can be read
@@ -635,6 +635,6 @@ def test_a_million_images_are_opened_with_little_memory(buckets):
         left, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(opened) == n - 1000 and opened.unreadable[:2] == ["x/a (row 7)", "x/a (row 1007)"]
+    assert len(opened) == n - 1000 and opened.unusable(2) == (1000, ["x/a (row 7)", "x/a (row 1007)"])
     of_buckets = 0 if buckets is None else 10 * n  # the row of each image, and its size
     assert left < of_buckets + n / 10 and most < 2 * of_buckets + 8 * n

@@ -250,7 +250,7 @@ def test_damage_found_by_workers_is_counted_once(images, monkeypatch, capfd):
     found = load(images, max_unreadable=2)
     found.skip([3, 4])
     found.skip([4])
-    assert found.skipped == [3, 4] and len(found.unreadable) == 2
+    assert found.skipped == [3, 4] and found.unusable(0) == (2, [])
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "images: 2 of 30 images cannot be decoded and are skipped: " in said[0]
     with pytest.raises(InputError, match=r"images: 3 of 30 images cannot be decoded: .*max_unreadable \(now 2\)"):
@@ -394,7 +394,7 @@ def test_errors_and_warnings_of_workers_arrive_in_order(tmp_path, capfd):
         given = [source.batch(step, ALL) for step in range(6)]
     said = capfd.readouterr().err.splitlines()
     assert len(said) <= 2 and said[-1].startswith("warning: images: 2 of 30 images cannot be decoded and are skipped: ")
-    assert len(found.unreadable) == 2 and sorted(found.skipped) == [0, 10]
+    assert found.unusable(0) == (2, []) and sorted(found.skipped) == [0, 10]
     plain = DataSource(load(root, max_unreadable=2), 12, 0)
     assert all(same(batch, plain.batch(step, ALL)) for step, batch in enumerate(given))
     found = load(root, max_unreadable=1)

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from distill import data
 from distill.cli import start
 from distill.core.errors import InputError, RunError
-from distill.data import indexed, streamindex, streaming, streamrows, streams
+from distill.data import indexed, overview, streamindex, streaming, streamrows, streams
 from distill.data.order import Ranges
 from distill.data.source import DataSource
 from distill.data.streamdata import StreamData
@@ -140,6 +140,8 @@ def test_images_without_a_caption_and_damaged_ones_are_skipped_within_the_limit(
     told = "a: 3 of 6 images cannot be used and are skipped: "
     rows = [f"row {i} ({path}): {why}" for i, why in ((1, "no caption"), (2, "an empty caption"))]
     assert told + ", ".join(rows) in capsys.readouterr().err
+    planned = overview.of(hf(path, caption_column="text", max_unreadable=4), loaded, None)
+    assert planned.lines()[-1] == f"  skipped 3: {', '.join(rows)}, row 4 ({path}): a caption that is not UTF-8"
     found = loaded.items(0, [0, 1, 2])
     assert found.labels.tolist() == [0, 2, 2] and loaded.skipped == [3]
     assert torch.equal(found.samples[1], found.samples[2])

@@ -357,7 +357,7 @@ def test_captions_that_cannot_be_used_are_those_of_the_index_while_their_tar_is_
     write(tmp_path / "x" / "c.tar", sample("new", 4, txt="a dog"))
     again(chosen, tmp_path, monkeypatch)
     loaded = data.load_data(chosen, 0, tmp_path)
-    assert loaded.unreadable == first.unreadable and len(loaded.unreadable) == 5
+    assert loaded.unusable(9) == first.unusable(9) and len(loaded.unusable(9)[1]) == loaded.unusable(0)[0] == 5
     assert list(loaded.prompts) == ["a cat", "a dog"] and loaded.items(0, [0, 1]).labels.tolist() == [0, 1]
 
 

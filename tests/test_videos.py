@@ -115,7 +115,7 @@ def test_a_caption_of_a_video_that_is_too_long_is_named_as_such(tmp_path):
     (tmp_path / "0.txt").write_text("x" * 300_000)
     (tmp_path / "1.txt").write_text("a cat")
     found = loaded(tmp_path, captions=True, max_unreadable=1)
-    assert found.unreadable == ["0: a caption of more than 65,536 characters"]
+    assert found.unusable(9) == (1, ["0: a caption of more than 65,536 characters"])
 
 
 def test_videos_that_cannot_be_used_are_skipped(tmp_path, capfd):
@@ -169,9 +169,10 @@ def test_a_truncated_frame_is_found_when_its_video_is_used(tmp_path, capfd):
         path.write_bytes(path.read_bytes()[:60])
     for order in ([2, 0, 1], [1, 0, 2]):  # in whichever order processes come upon them
         found = loaded(tmp_path, max_unreadable=2)
-        assert len(found) == 3 and found.unreadable == []
+        assert len(found) == 3 and found.unusable(9) == (0, [])
         assert read(found.items(0, order).samples)[:, 0, 0, 0, 0].tolist() == [40] * 3
-        assert found.unreadable == [f"{video}: a frame cannot be decoded" for video in order if video != 1]
+        told = [f"{video}: a frame cannot be decoded" for video in order if video != 1]
+        assert found.unusable(9) == (len(told), told)
     capfd.readouterr()
 
 

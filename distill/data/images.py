@@ -118,10 +118,11 @@ class ImageData:
         if new:
             self._report()
 
-    @property
-    def unreadable(self) -> list[str]:
-        """The images that are skipped so far, and why: first those that the index lists."""
-        return [self._shown(row) for row in [*self._readable.unusable.tolist(), *self.skipped]]
+    def unusable(self, most: int) -> tuple[int, list[str]]:
+        """How many images are skipped so far, and the first ones: those that the index lists come first."""
+        known = self._readable.unusable
+        rows = [*known[:most].tolist(), *self.skipped[: max(0, most - len(known))]]
+        return len(known) + len(self.skipped), [self._shown(row) for row in rows]
 
     def _in_buckets(self, size_of: NDArray[np.int16]) -> list[Bucket]:
         """The readable images of each bucket. size_of: the bucket of each of them."""
@@ -209,13 +210,12 @@ class ImageData:
 
     def _report(self) -> None:
         """Warns about the unreadable images found so far. Raises InputError if there are too many."""
-        rows = [*self._readable.unusable[:SHOWN].tolist(), *self.skipped]
-        found, total = len(self._readable.unusable) + len(self.skipped), len(self._index)
+        (found, names), total = self.unusable(SHOWN), len(self._index)
         decodable = self.prompts is None and self._index.members is None and not self._has_long
         problem = "cannot be decoded" if decodable else "cannot be used"
         skipping.report(
             f"{self.name}: {found} of {total} images {problem}",
-            [self._shown(row) for row in rows[:SHOWN]],
+            names,
             found=found,
             total=total,
             limit=self._options.max_unreadable,

@@ -1,6 +1,5 @@
 """What a user should see of the data before a run: how much there is, the first prompts, and what is skipped."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def of(spec: DataSpec, data: DataSet | None, store: Path | None) -> DataOverview
         return DataOverview(0, [], False, None, len(found.prompts), found.prompts[:SHOWN], skipped, found.head.skipped)
     if data is None:
         return None
-    names: Sequence[str] = data.unreadable if isinstance(data, NamesSkipped) else ()
+    skipped, names = data.unusable(NAMED) if isinstance(data, NamesSkipped) else (0, [])
     prompts = data.prompts
     return DataOverview(
         samples=len(data),
@@ -69,6 +68,6 @@ def of(spec: DataSpec, data: DataSet | None, store: Path | None) -> DataOverview
         classes=data.num_classes if prompts is None else None,
         prompts=None if prompts is None else len(prompts),
         first_prompts=[] if prompts is None else prompts[:SHOWN],
-        skipped=len(names),
-        skipped_names=list(names[:NAMED]),
+        skipped=skipped,
+        skipped_names=names,
     )

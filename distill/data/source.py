@@ -78,8 +78,7 @@ class Skipping(Protocol):
 class NamesSkipped(Protocol):
     """A data set that can name the items that it skips."""
 
-    @property
-    def unreadable(self) -> Sequence[str]: ...  # the name of each, and why if that is known
+    def unusable(self, most: int) -> tuple[int, list[str]]: ...  # how many; the first, at most `most`, and why if known
 
 
 class DataSource:

@@ -102,14 +102,18 @@ class StreamData:
         pixels = decode(content, self._rows.name(row), options.height_width, options.channels, self._background)
         return pixels, (sides.height, sides.width)
 
+    def unusable(self, most: int) -> tuple[int, list[str]]:
+        """How many images are skipped so far, and the first ones; those without a usable caption come last."""
+        without = self._usable.unusable
+        why = "no image, a damaged one, or an extreme aspect ratio"
+        names = [f"{self._rows.name(row)}: {why}" for row in sorted(self._skipped)[:most]]
+        for row in without[: most - len(names)].tolist():
+            names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
+        return len(without) + len(self._skipped), names
+
     def _report(self) -> None:
         """Warns about the unusable images found so far. Raises InputError if there are too many."""
-        without = self._usable.unusable
-        found, total = len(without) + len(self._skipped), len(self._index)
-        why = "no image, a damaged one, or an extreme aspect ratio"
-        names = [f"{self._rows.name(row)}: {why}" for row in sorted(self._skipped)[:SHOWN]]
-        for row in without[: SHOWN - len(names)].tolist():
-            names.append(f"{self._rows.name(row)}: {FAULTS[CaptionFault(-int(self._index.labels[row]))]}")
+        (found, names), total = self.unusable(SHOWN), len(self._index)
         skipping.report(
             f"{self.name}: {found} of {total} images cannot be used",
             names,

@@ -201,20 +201,20 @@ class VideoData:
 
     def _report(self) -> None:
         """Warns about the videos that are skipped so far. Raises InputError if there are too many."""
-        found, total = len(self._faults), len(self._first)
+        (found, names), total = self.unusable(SHOWN), len(self._first)
         skipping.report(
             f"{self.name}: {found} of {total} videos cannot be used",
-            [f"{self._shown(video)}: {why}" for video, why in islice(self._faults.items(), SHOWN)],
+            names,
             found=found,
             total=total,
             limit=self._options.max_unreadable,
             todo="repair or remove them",
         )
 
-    @property
-    def unreadable(self) -> list[str]:
-        """The videos that are skipped so far, and why."""
-        return [f"{self._shown(video)}: {why}" for video, why in self._faults.items()]
+    def unusable(self, most: int) -> tuple[int, list[str]]:
+        """How many videos are skipped so far, and the first ones."""
+        first = islice(self._faults.items(), most)
+        return len(self._faults), [f"{self._shown(video)}: {why}" for video, why in first]
 
     def _shown(self, video: int) -> str:
         return printable(self._index.name(int(self._first[video])).rpartition("/")[0])
