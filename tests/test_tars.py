@@ -140,6 +140,36 @@ def test_patterns_are_those_of_a_shell(tmp_path, monkeypatch):
     assert moved.data.path == f"{tmp_path}/x/{{00..02}}.tar"
 
 
+def test_a_pattern_without_a_folder_is_of_the_folder_that_has_its_first_tar(tmp_path):
+    def moved(*names: str, pattern: str = "{00..03}.tar") -> str:
+        for name in names:
+            write(tmp_path / name, sample("1", 1))
+        content = {"name": "x", "stages": {}, "data": {"kind": "tars", "path": pattern, "size": 8}}
+        return located(validate(content, "x"), [tmp_path / "spec", tmp_path / "here"]).data.path
+
+    for name in ("spec", "here"):
+        (tmp_path / name).mkdir()
+    assert moved() == f"{tmp_path}/spec/{{00..03}}.tar"  # there is none yet
+    assert moved("here/00.tar") == f"{tmp_path}/here/{{00..03}}.tar"
+    assert moved("spec/x/0.tar", "here/x/00.tar", pattern="x/{00..03}.tar") == f"{tmp_path}/here/x/{{00..03}}.tar"
+    assert moved("spec/00.tar") == f"{tmp_path}/spec/{{00..03}}.tar"
+
+
+def test_a_pattern_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
+    names = [f"{i:050}" for i in range(8)]
+    for i, name in enumerate(names):
+        write(tmp_path / f"{name}.tar", sample(str(i), i))
+    pattern = f"{{{','.join(names)}}}.tar"
+    monkeypatch.chdir(tmp_path)
+    chosen = located(validate({"name": "x", "stages": {}, "data": spec(pattern).model_dump()}, "x"), [tmp_path]).data
+    assert chosen.path == f"{tmp_path}/{pattern}" and len(pattern) > 255
+    for each in (chosen, spec(pattern)):
+        data.update_index(each, tmp_path / "store")
+        assert len(data.load_data(each, 0, tmp_path / "store")) == 8
+    with pytest.raises(InputError, match="1 of 1 tars do not exist"):
+        data.load_data(spec(f"{'x' * 300}{{1..1}}.tar"), 0)
+
+
 def test_an_epoch_reads_one_group_of_tars_after_the_other(tmp_path):
     for i in range(8):
         write(

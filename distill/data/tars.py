@@ -21,13 +21,11 @@ from distill.data.prompts import CaptionFault, Captions, StoredCaption
 from distill.data.rows import FileNames, ImageRows, TarRows
 from distill.data.tarfiles import SampleKeys, TarContent, scan
 from distill.shards.order import GROUP
+from distill.spec import braces
 from distill.spec.imagefolder import count_classes
 from distill.spec.model import TarsData
 
-MAX_TARS = 1_000_000
 SHOWN = 3  # names in a message
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
 
 class TarImages(ImageData):
@@ -164,8 +162,8 @@ def _listed(spec: TarsData) -> list[str]:
             "give their folder"
         )
     if (pattern := spec.pattern) is not None:
-        names = sorted(set(_expanded(pattern)))
-        missing = [name for name in names if not (Path(spec.folder) / name).exists()]
+        names = sorted(set(braces.expanded(pattern)))
+        missing = [name for name in names if not os.path.exists(Path(spec.folder) / name)]  # noqa: PTH110  (long names)
         if missing:
             shown = printable(", ".join(missing[:SHOWN])) + (", ..." if len(missing) > SHOWN else "")
             raise InputError(
@@ -203,37 +201,6 @@ def _of_folder(path: Path) -> list[str]:
         )
         raise InputError(f"data.path={printable(str(path))} contains no .tar files; {printable(hint)}")
     return names
-
-
-def _expanded(pattern: str) -> list[str]:
-    """All names of a brace pattern, as a shell writes them: {00000..00127} and {a,b}. InputError if it is not valid."""
-    match = BRACES.search(pattern)
-    plain = pattern if match is None else pattern[: match.start()]
-    if "{" in plain or "}" in plain:
-        raise _bad_pattern(pattern, "nested braces, or one without the other")
-    if match is None:
-        return [pattern]
-    if (limits := RANGE.fullmatch(match[1])) is not None:
-        first, last = limits[1], limits[2]
-        if int(last) < int(first) or int(last) - int(first) >= MAX_TARS:
-            raise _bad_pattern(pattern, f"the range {match[0]}")
-        width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 1
-        words = [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
-    elif "," in match[1]:
-        words = match[1].split(",")
-    else:
-        raise _bad_pattern(pattern, match[0])
-    ends = _expanded(pattern[match.end() :])
-    if len(ends) * len(words) > MAX_TARS:
-        raise _bad_pattern(pattern, f"more than {MAX_TARS:,} names")
-    return [plain + word + end for word in words for end in ends]
-
-
-def _bad_pattern(pattern: str, what: str) -> InputError:
-    return InputError(
-        f"data.path: the pattern {printable(pattern)[:300]} has {printable(what)}; valid: ranges like {{00000..00127}} "
-        "and lists like {a,b}"
-    )
 
 
 def _made(name: str, rows: ImageRows, index: ImageIndex, options: TarsData, seed: int) -> ImageData:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 from pydantic import Field
 
@@ -17,6 +17,12 @@ from distill.spec.imagefields import Background, FittingBuckets, ImageSize, side
 # Part of `DataKind.identity`. In earlier versions, indexes depended on whether there is no background. They do not any
 # more, but this value stays, so that the indexes in stores and runs are still found.
 WITHOUT_BACKGROUND = True
+
+
+class Absolute(Protocol):
+    """A path that a user gave -> the one to use. holds: a path below it that should exist; empty: none."""
+
+    def __call__(self, path: str, holds: str = "") -> str: ...
 
 
 class DataKind(FrozenModel):
@@ -118,19 +124,24 @@ class DataKind(FrozenModel):
         self.refuse_hidden_place()
         return Path("indexes", f"{hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:32]}.safetensors")
 
+    @property
+    def visible_place(self) -> str | None:
+        """The path, or the folder of a pattern, of which it must be possible to find out whether it exists."""
+        return self.place
+
     def refuse_hidden_place(self) -> None:
         """Raise InputError if it cannot be found out whether the path exists, as without permission."""
-        if self.place is None:
+        if self.visible_place is None:
             return
         try:
-            Path(self.place).exists()
+            Path(self.visible_place).exists()
         except OSError as error:
             raise InputError(
-                f"data.path={printable(self.place)[:300]} cannot be read: {error.strerror}; give another path"
+                f"data.path={printable(self.visible_place)[:300]} cannot be read: {error.strerror}; give another path"
             ) from error
 
-    def located(self, absolute: Callable[[str], str]) -> Self:
-        """The same data with other paths. absolute: a path that a user gave -> the one to use."""
+    def located(self, absolute: Absolute) -> Self:
+        """The same data with other paths."""
         return self if self.place is None else self.model_copy(update={"path": absolute(self.place)})
 
     def in_one_size(self) -> Self:

@@ -5,15 +5,16 @@ it, instead of distinguishing kinds. How a kind is found, indexed and loaded is 
 `__init__.py` has the table of them.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from distill.spec import imagefolder
-from distill.spec.datakind import WITHOUT_BACKGROUND, DataKind, ImageOptions, local_place
-from distill.spec.imagefields import Background, VideoSize, other_form
+from distill.spec import braces, imagefolder
+from distill.spec.datakind import WITHOUT_BACKGROUND, Absolute, DataKind, ImageOptions, local_place
+from distill.spec.imagefields import Background, VideoSize, key_of
 
 
 class NoData(DataKind):
@@ -97,33 +98,24 @@ class ImagesData(ImageOptions):
         return [*parts, "captions"] if self.captions else parts
 
 
-def _key_of(*plain: str) -> AfterValidator:
-    """The check of a key of tars: an ending, or a field of the JSON."""
-
-    def check(key: str) -> str:
-        if key not in plain and not (key.startswith("json.") and len(key) > len("json.")):
-            raise other_form(f"{', '.join(plain)} or json.FIELD")
-        return key
-
-    return AfterValidator(check)
-
-
 class TarsData(ImageOptions):
     """Tars as WebDataset writes them. A sample is one image, and files with the same name and other endings: .txt
     (caption), .cls (class id), .json (fields). `path` is a .tar file, a folder of them, or a pattern like
     shards/{00000..00127}.tar; images are read inside the tars, which must not be compressed."""
 
     kind: Literal["tars"]
-    caption_key: Annotated[str, _key_of("txt")] | None = None
+    caption_key: Annotated[str, key_of("txt")] | None = None
     """where captions are: txt, or json.FIELD for a field of the JSON; null: no captions"""
-    label_key: Annotated[str, _key_of("cls")] | None = None
+    label_key: Annotated[str, key_of("cls")] | None = None
     """where class ids are: cls, or json.FIELD for a field of the JSON; null: no classes"""
 
     @property
     def pattern(self) -> str | None:
         """The part of the path from the first folder or file with braces; None: there are no braces."""
         folder, brace, rest = self.path.partition("{")
-        return None if not brace or Path(self.path).exists() else folder.rpartition("/")[2] + brace + rest
+        if not brace or os.path.exists(self.path):  # noqa: PTH110  (Path.exists fails for a pattern of many letters)
+            return None
+        return folder.rpartition("/")[2] + brace + rest
 
     @property
     def folder(self) -> str:
@@ -147,12 +139,19 @@ class TarsData(ImageOptions):
 
     @property
     def identity(self) -> list[object]:
-        return [self.kind, local_place(self.path), WITHOUT_BACKGROUND, self.caption_key, self.label_key]
+        place = local_place(self.path) if self.pattern is None else self.path
+        return [self.kind, place, WITHOUT_BACKGROUND, self.caption_key, self.label_key]
 
-    def located(self, absolute: Callable[[str], str]) -> Self:
+    @property
+    def visible_place(self) -> str:
+        return self.path if self.pattern is None else self.folder or "."
+
+    def located(self, absolute: Absolute) -> Self:
+        """The folder of a pattern is the one that has the first tar of the pattern, if there is such a folder."""
         if self.pattern is None:
             return self.model_copy(update={"path": absolute(self.path)})
-        folder = absolute(self.folder or ".").rstrip("/")
+        first = "" if Path(self.path).is_absolute() else braces.expanded(self.pattern)[0]
+        folder = absolute(self.folder or ".", first).rstrip("/")
         return self.model_copy(update={"path": f"{folder}/{self.pattern}"})
 
     def mistakes(self) -> Iterator[str]:
@@ -290,7 +289,7 @@ class LatentsData(DataKind):
         own = [self.key, self.mirrored_key, self.labels, self.moments, self.one_per_file]
         return [self.kind, str(Path(self.path).absolute()), *own]
 
-    def located(self, absolute: Callable[[str], str]) -> Self:
+    def located(self, absolute: Absolute) -> Self:
         labels = self.labels if self.label_file is None else absolute(self.label_file)
         return self.model_copy(update={"path": absolute(self.path), "labels": labels})
 

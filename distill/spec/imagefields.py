@@ -1,4 +1,7 @@
-"""Types of the fields of `data` that say what size images have, and how they are converted. Does not import torch."""
+"""Types of the fields of `data` that say what size images have, how they are converted, and what a key of a tar may be.
+
+Does not import torch.
+"""
 
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -37,6 +40,17 @@ def _background(given: object, check: Callable[[object], object]) -> object:
 def other_form(valid: str) -> PydanticCustomError:
     """One error for a union; pydantic would report one for each of its members."""
     return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
+
+
+def key_of(*plain: str) -> AfterValidator:
+    """The check of a key of tars: an ending, or a field of the JSON."""
+
+    def check(key: str) -> str:
+        if key not in plain and not (key.startswith("json.") and len(key) > len("json.")):
+            raise other_form(f"{', '.join(plain)} or json.FIELD")
+        return key
+
+    return AfterValidator(check)
 
 
 def _video_size(given: object, check: Callable[[object], object]) -> object:

@@ -1,6 +1,7 @@
 """Reading and writing of spec files: strict validation, clear errors, and output that reads back as the same spec."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +147,15 @@ def _words(content: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield path, content
 
 
-def absolute(path: str, folders: Sequence[Path]) -> str:
-    """The absolute path if `path` exists in one of `folders`; anything else (a hub id, a missing file) is unchanged."""
+def absolute(path: str, folders: Sequence[Path], holds: str = "") -> str:
+    """The absolute path if `path` exists in one of `folders`; anything else (a hub id, a missing file) is unchanged.
+
+    holds: a path below `path`. Of several folders, the first one that has it is taken; if none has, the first one.
+    """
     given = expanded(path)
-    found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    places = [folder / given for folder in folders if (folder / given).exists()]
+    place = next((each for each in places if os.path.exists(each / holds)), next(iter(places), None))  # noqa: PTH110
+    found = path if place is None else str(place.resolve())
     if not is_text(found):
         raise InputError(
             f"{ascii(found)} contains a control character, or bytes that are not UTF-8; rename that folder"
@@ -159,7 +165,7 @@ def absolute(path: str, folders: Sequence[Path]) -> str:
 
 def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
     """The spec with paths that exist in one of `folders` made absolute, since a run may be resumed from any folder."""
-    changed: dict[str, Any] = {"data": spec.data.located(lambda path: absolute(path, folders))}
+    changed: dict[str, Any] = {"data": spec.data.located(lambda path, holds="": absolute(path, folders, holds))}
     if isinstance(spec.teacher, CheckpointTeacher):
         named = {"path", "scheduler", "conditions", "vae", "config", "lora"}
         paths = spec.teacher.model_dump(include=named, exclude_none=True)
