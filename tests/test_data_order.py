@@ -10,6 +10,7 @@ import torch
 from distill.data import DataSource
 from distill.data.order import BatchOrder, Shuffled, streams
 from distill.data.source import Bucket, Items
+from distill.flow import keyed_permutation
 from distill.flow.draws import Rows, permutation
 
 BUCKETS = [[40, 3, 17, 0], [1], [2, 9, 8, 7, 6, 5, 4], [], list(range(10, 17)), list(range(18, 40))]
@@ -94,6 +95,22 @@ def test_the_order_of_many_items_is_computed_position_by_position():
         assert torch.equal(next(Shuffled(items, 3, "many", drawn=300).take(0, 0, 300)), torch.from_numpy(
             np.array(items)[permutation(300, 3, "many", 0).numpy()]
         ))  # fmt: skip
+
+
+def test_the_items_of_all_buckets_decide_whether_an_order_is_drawn():
+    """Otherwise, a process would keep the orders of all items of many buckets, each of which is small enough."""
+    buckets, total = [range(300), range(0), range(300, 500), range(500, 501)], 501
+    drawn, computed = (streams(0, buckets, None, 3, drawn=most) for most in (total, total - 1))
+    for number, items in enumerate(buckets):
+        if not items:
+            continue
+        orders = [next(each[number].take(2, 0, len(items))) - items.start for each in (drawn, computed)]
+        assert torch.equal(orders[0], permutation(len(items), 3, "bucket", number, 2))
+        places = keyed_permutation.at(np.arange(len(items)), len(items), 3, "bucket", number, 2)
+        assert orders[1].tolist() == places.tolist()
+    assert all(len(each._order[1]) == 0 for each in computed)
+    (alone, _) = streams(0, [range(300), range(0)], None, 3, drawn=300)
+    assert torch.equal(next(alone.take(2, 0, 300)), permutation(300, 3, 2))
 
 
 def test_the_order_of_a_hundred_million_items_takes_no_memory_for_each():

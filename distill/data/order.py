@@ -14,7 +14,8 @@ from distill.flow.draws import Rows, permutation
 from distill.shards import ShardOrder
 from distill.shards.order import GROUP
 
-DRAWN = 2**24  # maximum number of items whose order is drawn as a whole: 8 bytes for each, in every process
+# Maximum number of items, of all buckets together, whose order is drawn as a whole: 8 bytes for each, in every process.
+DRAWN = 2**24
 
 
 @runtime_checkable
@@ -59,18 +60,21 @@ def streams(
     seed: int,
     *,
     group: int = GROUP,
+    drawn: int = DRAWN,
 ) -> list[ItemStream]:
     """The stream of each bucket of a data set of `count` items.
 
-    buckets: the items of each, as in `DataSet.buckets`. shards, group: see `ShardedData`.
+    buckets: the items of each, as in `DataSet.buckets`. shards, group: see `ShardedData`. drawn: see `Shuffled`; if all
+    buckets together have more items, each of their orders is computed position by position.
     """
     if shards is not None:
         return [ShardOrder(each, seed, "data", bucket, group=group) for bucket, each in enumerate(shards)]
     if buckets is None:
-        return [Shuffled(range(count), seed)]
+        return [Shuffled(range(count), seed, drawn=drawn)]
+    drawn = drawn if sum(map(len, buckets)) <= drawn else 0
     if sum(len(each) > 0 for each in buckets) == 1:
-        return [Shuffled(each, seed) for each in buckets]
-    return [Shuffled(each, seed, "bucket", bucket) for bucket, each in enumerate(buckets)]
+        return [Shuffled(each, seed, drawn=drawn) for each in buckets]
+    return [Shuffled(each, seed, "bucket", bucket, drawn=drawn) for bucket, each in enumerate(buckets)]
 
 
 class BatchOrder:
