@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,8 +21,10 @@ from distill.flow.interpolants import Interpolant
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]  # (network, x_t [B, ...], time [B], cond) -> like x_t
 
+LayerOutput: TypeAlias = Tensor | tuple[Tensor | None, ...]  # the last block of SD3 has None in place of its text
+
 # (network, output of one of its layers, x_t, cond) -> the part of the output that belongs to the samples, [B, ...]
-OfImage = Callable[[nn.Module, Tensor | tuple[Tensor, ...], Tensor, Cond], Tensor]
+OfImage = Callable[[nn.Module, LayerOutput, Tensor, Cond], Tensor]
 
 
 @runtime_checkable

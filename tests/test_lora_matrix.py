@@ -208,8 +208,9 @@ def kill_after(paths: RunPaths, stage: str, count: int, log: Path) -> None:
     """Trains a stage, and kills its processes once there are so many checkpoints."""
     both = ranks(paths, stage, log)
     assert wait_for(lambda: len(saved(paths, stage)) >= count, both[0]), both[0].said + both[1].said
-    for each in both:
-        each.send_all(signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped, none of them can end because it has lost the other
+        for each in both:
+            each.send_all(number)
     assert [each.end() for each in both] == [-signal.SIGKILL] * 2
 
 

@@ -13,12 +13,14 @@ from distill.networks.experts import Experts
 from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
-from distill.protocols import Cond, OfImage
+from distill.protocols import Cond, LayerOutput, OfImage
 
 
-def whole(network: nn.Module, output: Tensor | tuple[Tensor, ...], x_t: Tensor, cond: Cond) -> Tensor:
+def whole(network: nn.Module, output: LayerOutput, x_t: Tensor, cond: Cond) -> Tensor:
     """The output of a layer, or the first of its outputs."""
-    return output if isinstance(output, Tensor) else output[0]
+    found = output if isinstance(output, Tensor) else output[0]
+    assert found is not None
+    return found
 
 
 class Critic(nn.Module):
@@ -75,9 +77,9 @@ class Critic(nn.Module):
         self.layers, self.pooled = tuple(layers), not isinstance(network, own)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        network, found = self.field.network, list[Tensor | tuple[Tensor, ...]]()
+        network, found = self.field.network, list[LayerOutput]()
 
-        def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def keep(module: nn.Module, inputs: object, output: LayerOutput) -> None:
             found.append(output)
 
         handles = [network.get_submodule(name).register_forward_hook(keep) for name in self.layers]

@@ -7,7 +7,7 @@ of that family's pipeline in diffusers does; the tests compare both.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import diffusers
 import torch
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.guidance import Combine, cfg
-from distill.protocols import Cond, Conditioning
+from distill.protocols import Cond, Conditioning, LayerOutput
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.read import Config, short
 
 Weights = Mapping[str, Tensor]
-Output: TypeAlias = Tensor | tuple[Tensor, ...]  # of a block
 Recompute = Callable[..., object]  # (block, *inputs) -> the output of the block
 
 
@@ -242,12 +241,13 @@ class Convention:
         """The tokens of one image, if blocks return those of the prompt before them; None: they return no others."""
         return None
 
-    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+    def of_image(self, network: nn.Module, output: LayerOutput, x_t: Tensor, cond: Cond) -> Tensor:
         """What belongs to the image in the output of a block, [B, tokens, width] or [B, width, ...].
 
         So features depend neither on the padding of a prompt nor on the other rows of the batch.
         """
         features = output if isinstance(output, Tensor) else output[self.image_output]
+        assert features is not None
         count = self.image_tokens(network, x_t)
         return features if count is None else features[:, -count:]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.flow.guidance import TINY, cfg
-from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, Output, Weights, size_of
+from distill.protocols import Cond, LayerOutput
+from distill.teachers.convention import CondField, Convention, Weights, size_of
 from distill.teachers.read import Config, Read, Side, Size, checked
 
 TOKENS = 256  # of a prompt
@@ -93,7 +93,7 @@ class Lumina2(Convention):
         read = weights[name].unflatten(1, (patch * patch, -1))
         return {**weights, name: torch.cat([read, torch.zeros_like(read)], dim=2).flatten(1)}
 
-    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+    def of_image(self, network: nn.Module, output: LayerOutput, x_t: Tensor, cond: Cond) -> Tensor:
         """The tokens of each image come after those of its own prompt, and the padding after both."""
         assert isinstance(output, Tensor)
         patch = _Config.model_validate(network.config).patch_size

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
-from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, Output, Weights, of_one_length, size_of
+from distill.protocols import Cond, LayerOutput
+from distill.teachers.convention import CondField, Convention, Weights, of_one_length, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
 TOKENS = 512  # of a prompt, at most
@@ -97,7 +97,7 @@ class ZImage(Convention):
                 found[name] = torch.cat([weight, torch.zeros_like(weight)], dim=dim)
         return found
 
-    def of_image(self, network: nn.Module, output: Output, x_t: Tensor, cond: Cond) -> Tensor:
+    def of_image(self, network: nn.Module, output: LayerOutput, x_t: Tensor, cond: Cond) -> Tensor:
         """The tokens of the image come before those of the prompt."""
         assert isinstance(output, Tensor)
         return output[:, : x_t.shape[-2] // PATCH * (x_t.shape[-1] // PATCH)]
