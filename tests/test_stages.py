@@ -28,12 +28,13 @@ from distill.networks.velocity import VelocityStudent
 from distill.runs import results
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, specfile
-from distill.spec.model import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
+from distill.spec.model import CheckpointTeacher, LaunchSpec, MlpSpec, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
 from distill.students.exporting import export
 from distill.students.init import teacher_on_linear_path
 from distill.students.loaded import load_student
 from distill.teachers import load_teacher
+from distill.training.world import ALONE
 from recipes.reflow import reflow
 
 CPU = torch.device("cpu")
@@ -67,6 +68,28 @@ def go(tmp_path, given, stop=None):
     run.root.mkdir(exist_ok=True)
     stages.run(run, given, list(given.stages), stop or StopRequest())
     return run
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pairs", None), ("pairs", (0, 2)), ("train", None)])
+def test_a_stage_needs_a_gpu_for_each_of_its_own_processes_here(tmp_path, monkeypatch, kind, part):
+    """A job of Slurm for pairs has one GPU, even if 8 processes train."""
+    placed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(stages, "_pairs", lambda work, stage: placed.append(work.device.type) or {})
+    given = spec(pairs=PAIRS, straight=REFLOW).model_copy(update={"launch": LaunchSpec(procs=8)})
+    run = RunPaths(tmp_path / "r")
+    run.root.mkdir()
+    if kind == "train":
+        with pytest.raises(InputError, match=r"^launch\.procs=8, but there are only 1 GPUs, and each process needs one"):
+            stages.run(run, given, ["straight"], StopRequest(), replace(ALONE, size=8))
+        return
+    stages.run(run, given, ["pairs"], StopRequest(), part=part)
+    assert placed == ["cuda"]
 
 
 # --- stopping ---

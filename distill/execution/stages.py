@@ -44,7 +44,8 @@ def run(
     part: (i, n) makes only the shards i, i + n, ... of a pairs or cache stage, which is then not marked as done, and
         writes no events.
     """
-    device, saved = devices.place(spec.launch), "nothing (no stage had started yet)"
+    device = devices.place(spec.launch, spec.launch.procs if world.size > 1 else 1)
+    saved = "nothing (no stage had started yet)"
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
