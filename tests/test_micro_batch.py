@@ -77,6 +77,37 @@ def test_the_largest_that_fits_is_chosen_and_kept(tmp_path):
     assert saved["environment"]["micro_batch"] == 8
 
 
+RARE = """
+
+class Recipe(Recipe):
+    def networks(self, init):
+        return {**super().networks(init), "critic": Trained(init.velocity_field())}
+
+    def turns(self, step, images):
+        yield Turn("student", self.loss) if step % 5 == 4 else Turn("critic", self.loss_of_critic)
+
+    def loss(self, nets, batch, ctx):
+        if ctx.step == 9 and len(batch.pairs.data) > 8:
+            import torch
+            torch.empty(1 << 50)
+        return super().loss(nets, batch, ctx)
+
+    def loss_of_critic(self, nets, batch, ctx):
+        return super().loss({"student": nets["critic"]}, batch, ctx)
+"""
+
+
+def test_each_network_is_tried_with_the_state_of_its_optimizer_however_rarely_it_has_a_turn(tmp_path):
+    """The student has its second turn in step 9, and only there the memory is short."""
+    write_recipe(tmp_path / "one", 32)
+    mine = tmp_path / "one" / "mine.py"
+    mine.write_text(mine.read_text() + RARE)
+    spec = specfile.validate({**SPEC, "launch": {**SPEC["launch"], "micro_batch": "auto"}}, "s")
+    run = RunPaths(tmp_path / "one")
+    stages.run(run, spec, list(spec.stages), StopRequest())
+    assert json.loads(run.stage("straight").micro_batch.read_text()) == {"micro_batch": 8, "share": 32}
+
+
 def test_a_resume_keeps_what_was_chosen(tmp_path):
     folder = tmp_path / "one"
     kept = RunPaths(folder).stage("straight").micro_batch

@@ -1,10 +1,12 @@
 """`launch.micro_batch: auto`: finds the largest micro-batch for which every rank has enough memory.
 
-A candidate is tested by two real training steps; from the second one on, memory use is that of training. Each rank
-tests it on networks of its own and calls no collective, so that no rank waits for one that runs out of memory. Then all
-ranks exchange their results. If one of them failed, all continue with a smaller candidate.
+A candidate is tested by real training steps, until each trained network has had two turns: a network gets the state of
+its optimizer in its first turn, so the memory of its second one is that of training. Each rank tests it on networks of
+its own and calls no collective, so that no rank waits for one that runs out of memory. Then all ranks exchange their
+results. If one of them failed, all continue with a smaller candidate.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +28,8 @@ from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.world import ALONE, World
 
-STEPS = 2  # the optimizer's moments are allocated in the first
+TURNS = 2  # of each trained network; the optimizer's moments are allocated in the first
+MOST_STEPS = 100  # for recipes in which a network rarely has a turn
 
 
 class ChosenMicroBatch(BaseModel):
@@ -156,7 +159,7 @@ def fits(
     world: World,
     recompute: bool,
 ) -> bool:
-    """Whether this rank has enough memory for micro-batches of `size`. Makes two training steps and discards them."""
+    """Whether this rank has enough memory for micro-batches of `size`. Makes a few training steps and discards them."""
     try:
         _try(recipe(), init, source, stage, world.rows(stage.batch_size, size), seed, device, recompute=recompute)
         enough = True
@@ -183,9 +186,13 @@ def _try(
         recipe, init, stage, device, ALONE, slices,
         seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute,
     )  # fmt: skip
-    for step in range(STEPS):
-        images = step * stage.batch_size
-        engine.step_once(
+    images, had = 0, Counter[str]()
+    for step in range(MOST_STEPS):
+        moved = engine.step_once(
             recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device
         )
+        had.update(moved.keys())
+        images += stage.batch_size if "student" in moved else 0
+        if images >= stage.images or all(had[name] >= TURNS for name in roles.trainables):
+            break
     roles.close()
