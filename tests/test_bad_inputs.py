@@ -420,6 +420,10 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:
         refuse(capfd, tmp_path, ["export", "one", *arguments], said)
+    for named in ("runs/one", str(run.root)):  # one rule chooses the stage, however the run is named
+        said = "run 'one' has 3 train stages; name one: teach, reflow, one_step"
+        refuse(capfd, tmp_path, ["export", named], said)
+        refuse(capfd, tmp_path, ["publish", named, "name"], said)
 
 
 # --- teachers ---

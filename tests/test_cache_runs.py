@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cached_runs
@@ -14,6 +15,7 @@ import torch
 from cached_runs import CAPTIONS, LEARN, SOLVE, UNIQUE, content
 from commands import command
 from diffusers import AutoencoderKL
+from PIL import Image
 from programs.forked import Forked
 from runs import distill, folder_bytes, kill, start, wait_for
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,7 +28,7 @@ from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
 from distill.data import timing
-from distill.execution import forecast, preflight, sources, stages
+from distill.execution import caching, forecast, preflight, sources, stages
 from distill.execution.caching import Caching
 from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource
@@ -296,6 +298,30 @@ def test_what_the_autoencoder_cannot_give_is_found_before_a_run(folder):
     spec = specfile.validate({**content(folder / "sd3", data, {}), "stages": stages}, "spec")
     with pytest.raises(InputError, match="latents: pixels given, but the teacher works on latents; valid: moments, s"):
         preflight.check(checks.check(spec, folder))
+
+
+def test_what_the_autoencoder_cannot_give_is_said_with_its_place_in_the_spec(folder, tmp_path):
+    stages = {"store": {**cached_runs.CACHE, "latents": "pixels"}, **STAGES}
+    data = {"kind": "images", "path": str(folder / "images"), "size": 16, "captions": True}
+    given = {"name": "run", "teacher": {"path": str(folder / "sd3"), "size": [16, 16]}, "data": data, "stages": stages}
+    found = checks.check(specfile.validate(given, "spec"), folder)
+    for call in (partial(preflight.check, found), partial(Caching.of, found, tmp_path, None)):
+        with pytest.raises(InputError) as error:
+            call()
+        assert str(error.value) == (
+            "stages.store.latents: pixels given, but the teacher works on latents; valid: moments, sample, mean"
+        )
+
+
+def test_the_cost_of_images_of_several_sizes_is_measured_with_those_of_one(folder, tmp_path):
+    data = {**cached_runs.images(tmp_path / "images"), "buckets": {"step": 8, "max_aspect": 4.0}}
+    for i in (1, 4):
+        Image.new("RGB", (32, 8)).save(tmp_path / "images" / f"{i}.png")
+    learn = {"flow": {**LEARN, "recipe": "shortcut/shortcut"}}
+    spec = specfile.validate(content(folder / "sd3", data, learn), "spec")
+    seconds, count = caching.measure(checks.check(spec, folder), CPU)
+    assert seconds > 0
+    assert count > 6 * 2 * 16 * 2 * 2 * 4  # mean and log-variance of 16 x 2 x 2 latents, and the embeddings
 
 
 def test_encoders_that_are_missing_are_found_before_a_run(folder, tmp_path):

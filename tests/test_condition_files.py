@@ -19,7 +19,7 @@ from test_teacher_ltx import SIZE
 from test_teacher_ltx import pipeline as ltx
 
 from distill.core import file_checksums
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
 from distill.data.arrays import ArrayData
 from distill.data.prompts import Prompts
 from distill.execution import sources
@@ -255,6 +255,27 @@ def test_one_array_is_no_table_of_conditions(tmp_path):
         f"teacher.conditions={tmp_path / 'a.npy'} is one array; give a folder with FIELD.npy and null.FIELD.npy for "
         "each field"
     )
+
+
+def test_checksums_that_a_store_cannot_keep_are_kept_in_the_run(tmp_path, monkeypatch, capsys):
+    """A store that users share may have an `indexes` folder of another user."""
+    monkeypatch.setattr(file_checksums, "LARGE", 1000)
+    monkeypatch.setattr(file_checksums, "_KNOWN", {})
+    given = folder_of(tmp_path / "rows", {"a": normal(3, 500)})
+    spec = CheckpointTeacher(path=str(tmp_path), conditions=str(given))
+    for name in ("store", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "store" / "indexes").touch()
+    conditions.keep_checksums(spec, tmp_path / "store", tmp_path / "run")
+    assert capsys.readouterr().err == (
+        f"warning: cannot create {tmp_path}/store/indexes: File exists; nothing was changed; without the checksums in "
+        "the store, each new run reads these files again\n"
+    )
+    assert str(given / "a.npy") in (tmp_path / "run" / file_checksums.FILE).read_text()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").touch()
+    with pytest.raises(RunError, match=f"^cannot create {tmp_path}/run/indexes: "):
+        conditions.keep_checksums(spec, None, tmp_path / "run")
 
 
 def test_a_large_file_is_read_once_for_its_checksum(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from distill.core.errors import InputError
 from distill.execution import drafting, inspecting, preflight
 from distill.execution.drafting import DraftRequest
 from distill.spec import checks, presets, registry, specfile
-from distill.spec.model import CheckpointTeacher, LaunchSpec, PairsStage, TrainStage
+from distill.spec.model import CheckpointTeacher, LaunchSpec, PairsStage, TrainStage, VideosData
 from distill.training.choice import TrainedMemory, fitting
 
 GB = 10**9
@@ -194,6 +194,23 @@ def test_recipes_that_do_not_fit_the_teacher(capfd, flux):
     with pytest.raises(InputError, match="needs real data, and this teacher makes videos, .* reflow/boss, reflow/caf"):
         drafted(flux, "score/dmd2", size=[9, 16, 16])
     assert list(drafted(flux, "reflow/reflow", size=[9, 16, 16]).spec.stages) == ["pairs", "reflow", "evaluate"]
+    said = "which have captions and no classes: its text encoders must encode the captions, but "
+    for encoders, why in (({}, "it has none"), ({"text_encoder": "T5"}, "teacher.conditions is given")):
+        with pytest.raises(InputError, match=f"{said}{why}; use a recipe that trains on pairs of the teacher: reflow/"):
+            drafted(flux, "score/dmd2", size=[9, 16, 16], text_encoders=encoders, to_set={})
+
+
+def test_a_teacher_that_makes_videos_learns_from_videos_with_captions(flux, tmp_path):
+    given = {"text_encoders": {"text_encoder": "T5"}, "size": [9, 16, 32]}
+    made = drafted(flux, "score/dmd2", **given)
+    assert list(made.spec.stages) == ["cache", "dmd2", "evaluate"]
+    assert made.spec.data == VideosData(kind="videos", path="VIDEOS", size=[9, 16, 32], captions=True)
+    assert made.to_do == [
+        "data.path: set it to the folder of the real videos, with a caption for each: NAME.txt beside the folder NAME "
+        "of its frames"
+    ]
+    (tmp_path / "spec.yaml").write_text(presets.annotated(made.spec, tmp_path))
+    assert specfile.load(tmp_path / "spec.yaml").spec == made.spec
 
 
 def test_latents_of_a_u_net_are_of_images(tmp_path):

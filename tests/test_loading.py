@@ -277,6 +277,11 @@ def test_the_doctor_measures_reading_and_says_how_many_workers_gpus_need(images,
     monkeypatch.setattr(timing, "_measured", lambda read, count, seconds=3.0: [read(0), 0.0039][1])
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump({**SPEC, "data": {**SPEC["data"], "path": str(images)}}))
 
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(
+        {**SPEC, "data": {"kind": "prompts", "path": str(tmp_path / "prompts.txt")}}
+    ))  # fmt: skip
+
     def rows(*words):
         done = command(capfd, "doctor", "--json", *words)
         found = {each["what"]: each for each in json.loads(done.out)}
@@ -299,10 +304,26 @@ def test_the_doctor_measures_reading_and_says_how_many_workers_gpus_need(images,
     for words, told in (
         (["--data", "nope"], "there is no spec file and no preset 'nope'; "),
         (["--data", "mixture-2d"], "--data: the spec has no data (data.kind: none); give a spec with data"),
+        (["--data", "prompts.yaml"], "--data: the spec has only prompts (data.kind: prompts); give a spec with images"),
         (["--site", "--rate", "2"], "--rate has no effect with --site; remove it"),
     ):
         done = command(capfd, "doctor", *words)
         assert done.code == 2 and told in done.err
+
+
+def test_the_doctor_says_which_package_is_missing_to_read_data(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def find(*given):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setattr(timing, "of_data", find)
+    done = command(capfd, "doctor", "--json", "--data", "digits")
+    found = {each["what"]: each for each in json.loads(done.out)}["reading data"]
+    assert (done.code, done.err) == (1, "")
+    assert [found["state"], found["found"], found["fix"]] == [
+        "missing", "not measured: the package datasets is missing", "pip install 'distill[train]'",
+    ]  # fmt: skip
 
 
 # --- with processes ---

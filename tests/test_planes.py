@@ -219,4 +219,6 @@ def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
     assert "needs the package torch; distill's own recipes need: pip install 'distill[train]'" in said
     said = bare("doctor", code=1).stdout
     assert "pip install 'distill[train]'" in said
+    said = bare("doctor", "--data", "digits", code=1)
+    assert "not measured: the package" in said.stdout and said.stderr == ""
     assert sorted(path.name for path in (empty / "runs").iterdir()) == ["one"], "nothing was begun"

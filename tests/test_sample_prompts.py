@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from students import card, make, relist
 from texts import clip
 
+from distill.cli import tools
 from distill.evaluation import sample
 from distill.exchange import student_card
 from distill.spec.model import CheckpointTeacher, GaussianTeacher
@@ -116,6 +117,12 @@ def test_an_evaluation_encodes_prompts_too(capfd, place, here):
     done = command(capfd, *given, "--out", "c")
     assert done.err.endswith("error: student takes prompts; give some with --prompt or --prompts, or with --teacher "
         "'{path: TEACHER, conditions: FILE}' a FILE that `distill encode` has made\n")  # fmt: skip
+
+
+def test_an_evaluation_leaves_the_defaults_of_the_next_one_unchanged(capfd, place, here):
+    done = command(capfd, "eval", str(place / "student"), "--samples", "16", "--device", "cpu", "--out", "a")
+    assert done.code == 2 and "its teacher is not known" in done.err
+    assert tools.LATENTS == {"samples": 256, "block": 8}
 
 
 def test_a_teacher_without_size_has_that_of_the_student(capfd, place, here):

@@ -85,7 +85,9 @@ def test_a_stage_needs_a_gpu_for_each_of_its_own_processes_here(tmp_path, monkey
     run = RunPaths(tmp_path / "r")
     run.root.mkdir()
     if kind == "train":
-        with pytest.raises(InputError, match=r"^launch\.procs=8, but there are only 1 GPUs, and each process needs one"):
+        with pytest.raises(
+            InputError, match=r"^launch\.procs=8, but there are only 1 GPUs, and each process needs one"
+        ):
             stages.run(run, given, ["straight"], StopRequest(), replace(ALONE, size=8))
         return
     stages.run(run, given, ["pairs"], StopRequest(), part=part)

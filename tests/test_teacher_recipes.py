@@ -88,7 +88,7 @@ TEACHERS = {
 
 
 def clips() -> ArrayData:
-    """Nine videos [3, 5, 16, 32] of three classes: there is no kind of data for videos yet."""
+    """Nine videos [3, 5, 16, 32] of three classes, without files. Data of kind videos has captions, but no classes."""
     return ArrayData("clips", normal(9, 3, 5, 16, 32, seed=4).tanh(), torch.arange(9) % 3, 3)
 
 

@@ -26,23 +26,26 @@ from distill.spec.cachespec import CacheStage
 LABELS, SIZES = "labels", "sizes"  # names of tensors
 
 
-def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored: bool = False) -> LatentManifest:
+def plan(
+    data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored: bool = False, prefix: str = ""
+) -> LatentManifest:
     """The manifest of a cache of latents, without shards. No network is loaded.
 
-    data: with crop: center and without flip. mirrored: also store mirrored images, for data with flip. InputError if
-    the settings of the stage do not fit together, or do not fit the codec or the data.
+    data: with crop: center and without flip. mirrored: also store mirrored images, for data with flip. prefix: of the
+    names of the stage's settings in messages. InputError if these do not fit together, or do not fit the codec or the
+    data.
     """
-    for mistake in cachespec.mistakes(stage, ""):
+    for mistake in cachespec.mistakes(stage, prefix):
         raise InputError(mistake)
     if data.encoded:
         raise InputError(
             f"data '{data.name}' has latents already, so there is nothing to encode; remove the cache stage"
         )
-    latents = check(stage, codec)
+    latents = check(stage, codec, prefix)
     if latents == "pixels" and data.prompts is None and stage.dtype != "float32":
         raise InputError(
-            f"dtype: {stage.dtype} given, but it has no effect: the teacher works on pixels, which are stored as "
-            "uint8, and the data has no prompts; remove it"
+            f"{prefix}dtype: {stage.dtype} given, but it has no effect: the teacher works on pixels, which are stored "
+            "as uint8, and the data has no prompts; remove it"
         )
     return LatentManifest(
         data=one_line(data.name, 1000),
@@ -62,20 +65,24 @@ def plan(data: DataSet, codec: Codec, stage: CacheStage, *, seed: int, mirrored:
     )
 
 
-def check(stage: CacheStage, codec: Codec) -> Literal["moments", "sample", "mean", "pixels"]:
-    """What is stored for an image. InputError if the codec cannot give what the stage asks for."""
+def check(stage: CacheStage, codec: Codec, prefix: str) -> Literal["moments", "sample", "mean", "pixels"]:
+    """What is stored for an image. InputError if the codec cannot give what the stage asks for.
+
+    prefix: of the names of the stage's settings in messages.
+    """
     if codec.is_identity:
         if stage.latents not in (None, "pixels"):
             raise InputError(
-                f"latents: {stage.latents} given, but the teacher works on pixels and has no autoencoder; valid: pixels"
+                f"{prefix}latents: {stage.latents} given, but the teacher works on pixels and has no autoencoder; "
+                "valid: pixels"
             )
         return "pixels"
     valid = "moments, sample, mean" if codec.has_spread else "mean"
     if stage.latents == "pixels":
-        raise InputError(f"latents: pixels given, but the teacher works on latents; valid: {valid}")
+        raise InputError(f"{prefix}latents: pixels given, but the teacher works on latents; valid: {valid}")
     if stage.latents in ("moments", "sample") and not codec.has_spread:
         raise InputError(
-            f"latents: {stage.latents} given, but the teacher's autoencoder gives no variance; valid: {valid}"
+            f"{prefix}latents: {stage.latents} given, but the teacher's autoencoder gives no variance; valid: {valid}"
         )
     return stage.latents or ("moments" if codec.has_spread else "mean")
 

@@ -206,12 +206,13 @@ def _threads() -> Finding:
 
 def _reading(given: str | None, gpus: int | None, rate: float | None, store: Path) -> list[Finding]:
     """Measure how fast data is read: that of a spec, or an example. Say how many workers the GPUs need for it."""
-    from distill.data import timing
+    try:
+        from distill.data import timing
 
-    if given is None:
-        found = timing.of_example()
-    else:
-        found = _reading_of(given, store)
+        found = timing.of_example() if given is None else _reading_of(given, store)
+    except ModuleNotFoundError as error:
+        text = f"not measured: the package {error.name} is missing"
+        return [Finding("reading data", "missing", text, "pip install 'distill[train]'")]
     cpus, gpus, rates = environment.cpus(), gpus or _gpus() or 1, RATES if rate is None else (rate,)
     counts = [found.workers(each) for each in rates]
     needed = ", ".join(f"{count} for {each:,g}" for each, count in zip(rates, counts, strict=True))

@@ -44,7 +44,10 @@ class ExportedStudent:
 
 def export(
     student: Annotated[str, typer.Argument(metavar="RUN[/STAGE][@best|@step-N]", help=WHICH)],
-    stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="By default the only train stage.")] = None,
+    stage: Annotated[
+        str | None,
+        typer.Argument(metavar="[STAGE]", help="By default the only train stage, or the last if it is done."),
+    ] = None,
     half_life: Annotated[
         float | None,
         typer.Option(help="Export the EMA weights of a checkpoint with this half-life, in images."),
@@ -102,10 +105,12 @@ def export(
 
 def _found(given: str, stage: str | None, store: Path, weights: Literal["raw"] | float | None) -> ExportedStudent:
     """The student that the user has named. weights: those of a checkpoint that are asked for; None: the usual ones."""
+    from distill.exchange import publishing
+
     plain = stage is not None or not ("@" in given or (Path(given) / "distill.json").is_file())
     if plain and (stage is not None or (store / given / "spec.yaml").is_file() or "/" not in given):
         run, step = find_run(store, given), None
-        name = _stage(run, stage)
+        name = publishing.train_stage(run, stage)
     else:
         found = chosen_student(given, store)
         if found is None:
@@ -123,19 +128,6 @@ def _found(given: str, stage: str | None, store: Path, weights: Literal["raw"] |
         return ExportedStudent(new, run.student(name), run, name)
     _refuse_weights(run, name, weights)
     return ExportedStudent(new, None, run, name, step)
-
-
-def _stage(run: RunPaths, stage: str | None) -> str:
-    """The train stage of a run: the given one, else the only one, else the last one if it is finished."""
-    trained = [name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)]
-    if stage is None and len(trained) > 1 and (run.student(trained[-1]) / "distill.json").is_file():
-        return trained[-1]
-    if stage is None and len(trained) != 1:
-        raise InputError(f"run '{run.name}' has {len(trained)} train stages; name one: {', '.join(trained)}")
-    name = stage or trained[0]
-    if name not in trained:
-        raise InputError(f"run '{run.name}' has no train stage '{name}'; {suggest(name, trained)}")
-    return name
 
 
 def _refuse_weights(run: RunPaths, name: str, weights: Literal["raw"] | float | None) -> None:

@@ -45,8 +45,9 @@ TrustOption = Annotated[
 FEW = 4  # samples of a large network that are drawn for a model card
 MANY = 20  # at most this many warnings are printed
 WHICH = (
-    "RUN: the student of its last train stage. RUN/STAGE: the student of this stage. RUN@best: the student with the "
-    "smallest distance at the fewest measured steps. RUN@step-N: exported from this checkpoint. Or a student's folder."
+    "RUN: the student of its last train stage, once that is done. RUN/STAGE: the student of this stage. RUN@best: the "
+    "student with the smallest distance at the fewest measured steps. RUN@step-N: exported from this checkpoint. Or a "
+    "student's folder."
 )
 
 

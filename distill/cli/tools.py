@@ -139,8 +139,7 @@ def evaluate(
     card = student_card.read(folder)
     counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
-    size = LATENTS if card.is_native else {"samples": 2500}
-    size |= {} if samples is None else {"samples": samples}
+    size = {**(LATENTS if card.is_native else {"samples": 2500}), **({} if samples is None else {"samples": samples})}
     content = {"kind": "evaluate", "students": {"student": counts}, "baselines": named, **size}
     refuse_schedule(schedule, times)
     if schedule == "optimal" or times:

@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from distill.core.atomic import write_atomic
 from distill.core.errors import RunError
 from distill.core.field_types import FrozenModel
-from distill.core.printing import say_error
+from distill.core.printing import say_error, warn
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import printable
 
@@ -84,17 +84,31 @@ def read(folder: Path) -> None:
             _KNOWN[each.path] = each
 
 
-def keep(paths: Sequence[Path], folder: Path) -> None:
-    """Adds the checksums of those files that are large to those that a store or a run has kept.
+def keep(paths: Sequence[Path], store: Path | None, run: Path | None = None) -> None:
+    """Adds the checksums of those files that are large to those that a store and a run have kept.
 
-    Raises OSError if a file cannot be read, and RunError if the checksums cannot be written.
+    Raises OSError if a file cannot be read, and RunError if the checksums cannot be written to the run. If the store
+    cannot be written, for example because it belongs to another user, there is only a warning.
     """
     large = [path for path in paths if path.stat().st_size >= LARGE]
     if not large:
         return
-    read(folder)
+    for folder in (store, run):
+        if folder is not None:
+            read(folder)
     for path in large:
         sha256(path)
+    if store is not None:
+        try:
+            _add(large, store)
+        except RunError as error:
+            warn(f"{error}; without the checksums in the store, each new run reads these files again")
+    if run is not None:
+        _add(large, run)
+
+
+def _add(large: Sequence[Path], folder: Path) -> None:
+    """Adds the checksums of files to those that a store or a run has kept. Raises RunError if it cannot be written."""
     try:
         kept = {each.path: each for each in _CHECKSUMS.validate_json(read_regular(folder / FILE, MAX_BYTES))}
     except (OSError, ValidationError):

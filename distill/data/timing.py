@@ -58,7 +58,8 @@ def of_data(spec: DataSpec, seed: int, store: Path) -> ReadingTime:
     update_index(spec, store)
     data = load_data(spec, seed, store, keep=False)
     if data is None:
-        raise InputError("--data: the spec has no data (data.kind: none); give a spec with data")
+        given, needed = ("only prompts", "images or other samples") if spec.kind == "prompts" else ("no data", "data")
+        raise InputError(f"--data: the spec has {given} (data.kind: {spec.kind}); give a spec with {needed}")
     return of_set(data, seed, f"a sample of '{data.name}'")
 
 

@@ -57,22 +57,35 @@ class Published:
 def choose(run: RunPaths, stage: str | None, which: str) -> ChosenStudent:
     """Select a student of a run. InputError if there is no such student.
 
-    stage: None: the last train stage. which: "", "best" or "step-N" (exported from that checkpoint).
+    stage: None: see `train_stage`. which: "", "best" or "step-N" (exported from that checkpoint).
     """
-    spec = todo.load_spec(run)
-    trained = [name for name, each in spec.stages.items() if isinstance(each, TrainStage)]
-    if stage is not None and stage not in trained:
-        raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
     if which == "best":
         if stage is not None:
-            raise InputError(f"'{run.name}/{stage}@best': best is for a whole run; write {run.name}@best")
+            name = train_stage(run, stage)
+            raise InputError(f"'{run.name}/{name}@best': best is for a whole run; write {run.name}@best")
         return ChosenStudent(run, best(run))
-    if not trained:
-        raise InputError(f"run '{run.name}' has no train stage, so it has no student")
+    name = train_stage(run, stage)
     step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
         raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])} (N: the step of a checkpoint)")
-    return ChosenStudent(run, stage or trained[-1], step)
+    return ChosenStudent(run, name, step)
+
+
+def train_stage(run: RunPaths, stage: str | None) -> str:
+    """The train stage of a run: the given one, else the only one, else the last one if it is finished.
+
+    InputError if there is no such stage, or if one must be named.
+    """
+    trained = [name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)]
+    if stage is not None:
+        if stage not in trained:
+            raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
+        return stage
+    if not trained:
+        raise InputError(f"run '{run.name}' has no train stage, so it has no student")
+    if len(trained) > 1 and not (run.student(trained[-1]) / "distill.json").is_file():
+        raise InputError(f"run '{run.name}' has {len(trained)} train stages; name one: {', '.join(trained)}")
+    return trained[-1]
 
 
 def best(run: RunPaths) -> str:

@@ -70,7 +70,7 @@ class Caching:
         found, layouts = [], []
         if cacheuse.stores_latents(resolved):
             assert data is not None, "checks.check lets no such stage through"
-            planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=spec.data.is_mirrored)
+            planned = _planned(spec, name, stage, data, codec)
             layouts.append(planned.layout)
             folder = cached.folder_of("latents", planned.key)
             found.append(UsedCache("latents", folder, planned.layout.count, planned.layout.files))
@@ -179,11 +179,11 @@ class Caching:
         return UsedCache(cache.what, cache.folder, cache.count, cache.files, digest)
 
 
-def keep_checksums(spec: RunSpec, encoders: bool, *folders: Path) -> None:
-    """Keep the checksums of the files of the teacher's autoencoder, and of its text encoders, in stores or runs.
+def keep_checksums(spec: RunSpec, encoders: bool, store: Path, run: Path | None = None) -> None:
+    """Keep the checksums of the files of the teacher's autoencoder, and of its text encoders, in a store and a run.
 
     So not every process of a run reads these large files. encoders: whether those of the text encoders are needed too.
-    RunError if they cannot be written. Files that are missing or cannot be read are left to `Caching.of`.
+    RunError if they cannot be written to the run. Files that are missing or cannot be read are left to `Caching.of`.
     """
     if not isinstance(spec.teacher, CheckpointTeacher):
         return
@@ -194,8 +194,7 @@ def keep_checksums(spec: RunSpec, encoders: bool, *folders: Path) -> None:
         if encoders and takes_prompts and cacheuse.may_store_prompts(spec):
             paths += encoder_files.find(spec.teacher).paths
     with suppress(OSError):
-        for folder in folders:
-            file_checksums.keep(paths, folder)
+        file_checksums.keep(paths, store, run)
 
 
 def measure(resolved: Resolved, device: torch.device) -> tuple[float, int]:
@@ -206,8 +205,8 @@ def measure(resolved: Resolved, device: torch.device) -> tuple[float, int]:
     (data, prompts), (codec, takes_prompts) = _data(spec, None, indexed=False), _encoders(spec)
     seconds, count = 0.0, 0
     if cacheuse.stores_latents(resolved) and data is not None:
-        planned = caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=spec.data.is_mirrored)
-        block = range(min(stage.block, len(data)))
+        planned = _planned(spec, spec.cache or "", stage, data, codec)
+        block = _some_items(data, stage.block)
 
         def images() -> None:
             samples = data.items(0, block).samples.to(device)
@@ -227,6 +226,19 @@ def measure(resolved: Resolved, device: torch.device) -> tuple[float, int]:
         sizes = [STORED_BYTES[stage.dtype] if each.is_floating_point() else each.itemsize for each in rows.values()]
         count += len(prompts) * sum(each[0].numel() * size for each, size in zip(rows.values(), sizes, strict=True))
     return seconds, count
+
+
+def _planned(spec: RunSpec, name: str, stage: CacheStage, data: DataSet, codec: Codec) -> caches.LatentManifest:
+    mirrored = spec.data.is_mirrored
+    return caches.latents.plan(data, codec, stage, seed=spec.seed, mirrored=mirrored, prefix=f"stages.{name}.")
+
+
+def _some_items(data: DataSet, count: int) -> Sequence[int]:
+    """At most `count` items of one size: if the data has buckets, of the one with the most items."""
+    if data.buckets is None:
+        return range(min(count, len(data)))
+    largest = max(data.buckets, key=lambda each: len(each.items))
+    return [int(item) for item in largest.items[:count]]
 
 
 def _least(call: Callable[[], object]) -> float:

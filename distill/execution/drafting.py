@@ -41,7 +41,7 @@ LARGE = 100_000_000  # parameters; larger networks recompute their activations
 FOR_WEIGHTS = 0.7  # of the memory of a GPU; the rest is for activations
 NODE = 8  # GPUs
 STEPS = 4  # of students that are made for a certain number of steps
-DATA = "IMAGES"  # placeholder for the folder of the images
+IMAGES, VIDEOS = "IMAGES", "VIDEOS"  # placeholders for the folder of the data
 PROMPTS = {"kind": "prompts", "path": "PROMPTS.txt"}  # data of recipes that need no images; the path is a placeholder
 
 
@@ -70,7 +70,8 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     given: the teacher as the user named it.
     """
     recipe = _recipe(request, OPTIONS.get(request.recipe, {}))
-    _refuse(request, recipe, teacher)
+    cached = "conditions" in teacher.to_set and bool(teacher.text_encoders)  # prompts or captions are the data
+    _refuse(request, recipe, teacher, cached=cached)
     scale = teacher.guidance.scale if teacher.guidance.has_null is not False else 1.0
     options = dict(OPTIONS.get(request.recipe, {}))
     if scale != 1 and "pairs" not in recipe.needs and "guidance_scale" in recipe.module.Config.model_fields:
@@ -80,7 +81,6 @@ def draft(given: CheckpointTeacher, teacher: InspectedTeacher, request: DraftReq
     batch = launch.world_size * (launch.known_micro_batch or 1)
     batch *= math.ceil(LEAST_BATCH / batch)
     name = _stage_name(request.recipe)
-    cached = "conditions" in teacher.to_set and bool(teacher.text_encoders)  # prompts or captions are the data
     with_images = "data" in recipe.needs
     stages: dict[str, Any] = {"cache": {"kind": "cache"}} if cached else {}
     student = _training(request, options, batch) | {"optimizer": _optimizer(batch, 1e-5)}
@@ -119,20 +119,33 @@ def _recipe(request: DraftRequest, options: Mapping[str, object]) -> ResolvedRec
     return ResolvedRecipe(module, registry.configure(request.recipe, module, dict(options), "options"))
 
 
-def _refuse(request: DraftRequest, recipe: ResolvedRecipe, teacher: InspectedTeacher) -> None:
-    """InputError if a spec for this recipe and teacher could not run, whatever else it says."""
-    makes = "videos" if len(teacher.size) == 3 else "vectors" if not teacher.size else "images"
+def _refuse(request: DraftRequest, recipe: ResolvedRecipe, teacher: InspectedTeacher, *, cached: bool) -> None:
+    """InputError if a spec for this recipe and teacher could not run, whatever else it says.
+
+    cached: whether its conditions are those of the cache stage.
+    """
+    makes = "videos" if _makes_videos(teacher) else "vectors" if not teacher.size else "images"
     if "teacher" not in recipe.needs and (teacher.is_latent or makes != "images"):
         raise InputError(
             f"{request.recipe} trains a new network on images, without a teacher, so it has no use for "
             f"{teacher.path}; name a recipe that distils a teacher: see `distill recipes`"
         )
-    if "data" in recipe.needs and makes != "images":
+    why = ""
+    if makes == "vectors":
+        why = "for which no kind of data is supported"
+    elif makes == "videos" and not cached:
+        other = "teacher.conditions is given" if teacher.text_encoders else "it has none"
+        why = f"which have captions and no classes: its text encoders must encode the captions, but {other}"
+    if "data" in recipe.needs and why:
         with_pairs = [name for name in registry.names() if "pairs" in registry.describe(name, request.base).needs]
         raise InputError(
-            f"{request.recipe} needs real data, and this teacher makes {makes}, for which no kind of data is "
-            f"supported; use a recipe that trains on pairs of the teacher: {', '.join(with_pairs)}"
+            f"{request.recipe} needs real data, and this teacher makes {makes}, {why}; use a recipe that trains on "
+            f"pairs of the teacher: {', '.join(with_pairs)}"
         )
+
+
+def _makes_videos(teacher: InspectedTeacher) -> bool:
+    return len(teacher.size) == 3
 
 
 def _launch(request: DraftRequest, recipe: ResolvedRecipe, teacher: InspectedTeacher) -> tuple[LaunchSpec, int]:
@@ -233,7 +246,8 @@ def _teacher(given: CheckpointTeacher, teacher: InspectedTeacher, *, cached: boo
 
 def _data(teacher: InspectedTeacher, *, captions: bool) -> dict[str, Any]:
     channels = 3 if teacher.is_latent else teacher.shape[0]
-    found = {"kind": "images", "path": DATA, "size": list(teacher.size), "channels": channels}
+    kind, path = ("videos", VIDEOS) if _makes_videos(teacher) else ("images", IMAGES)
+    found = {"kind": kind, "path": path, "size": list(teacher.size), "channels": channels}
     return found | ({"captions": True} if captions else {})
 
 
@@ -248,14 +262,16 @@ def _to_do(teacher: InspectedTeacher, content: Mapping[str, Any], *, with_data: 
             f"--out {path}"
         )
     if with_data:
-        labels = ""
-        if "conditions" in teacher.to_set and "conditions" not in content["teacher"]:
+        labels, made = "", "images"
+        if _makes_videos(teacher):
+            labels, made = ", with a caption for each: NAME.txt beside the folder NAME of its frames", "videos"
+        elif "conditions" in teacher.to_set and "conditions" not in content["teacher"]:
             labels = ", with a caption for each: NAME.txt beside NAME.jpg, or a metadata.jsonl"
         elif teacher.conditions:
             labels = ", whose classes are the rows of teacher.conditions, one for each prompt"
         elif teacher.classes is not None:
             labels = f", with its {teacher.classes:,} classes as sub-folders"
-        found.append(f"data.path: set it to the folder of the real images{labels}")
+        found.append(f"data.path: set it to the folder of the real {made}{labels}")
     return found
 
 

@@ -105,7 +105,7 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
     if spec.cache is not None and cacheuse.stores_latents(resolved):
         stage = spec.stages[spec.cache]
         assert isinstance(stage, CacheStage)
-        caches.latents.check(stage, PIXELS if teacher is None else teacher.codec)
+        caches.latents.check(stage, PIXELS if teacher is None else teacher.codec, f"stages.{spec.cache}.")
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             _check_field(teacher, spec, stage, prompts)

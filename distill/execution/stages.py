@@ -93,7 +93,7 @@ def _share_checksums(paths: RunPaths, spec: RunSpec, names: list[str], world: Wo
         return
     file_checksums.read(store)
     if teacher.conditions is not None:
-        world.alone("checksums of the conditions", partial(conditions.keep_checksums, teacher, paths.root))
+        world.alone("checksums of the conditions", partial(conditions.keep_checksums, teacher, None, paths.root))
     if spec.cache is not None:
         encoders = any(name == spec.cache and not paths.stage(name).done.exists() for name in names)
         keep = partial(caching.keep_checksums, spec, encoders, store, paths.root)

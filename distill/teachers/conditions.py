@@ -206,14 +206,14 @@ def _digest(path: Path, tensors: Mapping[str, MappedArray]) -> str:
     return content.hexdigest()
 
 
-def keep_checksums(spec: TeacherSpec | None, folder: Path) -> None:
-    """Keeps the checksums of the conditions of a teacher in a store or a run, so that others need not read the files.
+def keep_checksums(spec: TeacherSpec | None, store: Path | None, run: Path | None = None) -> None:
+    """Keeps the checksums of the conditions of a teacher in a store and a run, so that others need not read the files.
 
-    Raises RunError if they cannot be written. Files that cannot be read are left to `read`.
+    Raises RunError if they cannot be written to the run. Files that cannot be read are left to `read`.
     """
     if isinstance(spec, CheckpointTeacher) and spec.conditions is not None:
         with suppress(OSError):
-            file_checksums.keep(files(Path(spec.conditions)), folder)
+            file_checksums.keep(files(Path(spec.conditions)), store, run)
 
 
 def files(path: Path) -> list[Path]:
