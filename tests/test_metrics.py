@@ -219,6 +219,24 @@ def test_features_are_trained_the_same_again_whatever_the_global_random_state(di
     assert first.accuracy == second.accuracy
 
 
+def test_few_large_images_are_read_at_once(tmp_path, monkeypatch):
+    read = []
+
+    class Listed(ArrayData):
+        def items(self, epoch, indices):
+            read.append(len(indices))
+            return super().items(epoch, indices)
+
+    monkeypatch.setattr(feature_module, "TRAIN_IMAGES", 128)
+    monkeypatch.setattr(feature_module, "CHUNK_BYTES", 5 * 4 * 3 * 16 * 16)
+    data = Listed("large", torch.zeros(60, 3, 16, 16), torch.arange(60) % 2, 2)
+    assert prepare(data, tmp_path)(torch.zeros(7, 3, 16, 16)).shape == (7, 64)
+    assert read == [54, 5, 1] + 12 * [5], "one batch of training, the six images that are held out, and then all"
+    monkeypatch.undo()
+    shapes = [(1, 8, 8), (3, 256, 256), (3, 1024, 1024), (3, 20_000, 20_000)]
+    assert [feature_module._chunk(each) for each in shapes] == [512, 512, 42, 1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("classes", [None, 1])
 def test_images_without_several_classes_are_told_apart_by_rotation(digits, tmp_path, monkeypatch, classes):

@@ -7,6 +7,7 @@ data measure with the same network. Distances can be compared only with distance
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ TRAIN_IMAGES = 40_000
 HELD_OUT = 10  # every tenth image is held out, to measure the accuracy
 MAX_HELD_OUT = 6_000
 MAX_REFERENCE = 60_000
-CHUNK = 512
+CHUNK, CHUNK_BYTES = 512, 1 << 29  # most images, and float32 pixels, that are read and passed to the network at once
 LEARNING_RATE = 8e-3
 
 
@@ -83,7 +84,7 @@ def prepare(data: DataSet, folder: Path) -> Features:
         tensors, accuracy = kept
     else:
         accuracy = _train(network, data, digest)
-        chunks = _chunks(permutation(len(data), "reference", digest)[:MAX_REFERENCE].tolist())
+        chunks = _chunks(permutation(len(data), "reference", digest)[:MAX_REFERENCE].tolist(), data.shape)
         reference = torch.cat([_features(network, data.items(0, indices)[0]) for indices in chunks])
         tensors = {**network.state_dict(), "reference": reference}
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +117,19 @@ def _kept(path: Path, network: Classifier, rows: int) -> tuple[dict[str, Tensor]
 
 def _features(network: Classifier, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([network.trunk(rows.float().cpu().clamp(-1, 1)) for rows in images.split(CHUNK)])
+        parts = images.split(_chunk(tuple(images.shape[1:])))
+        return torch.cat([network.trunk(rows.float().cpu().clamp(-1, 1)) for rows in parts])
 
 
-def _chunks(indices: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(indices), CHUNK):
-        yield indices[start : start + CHUNK]
+def _chunk(shape: tuple[int, ...]) -> int:
+    """How many images of this shape are read and passed to the network at once."""
+    return max(1, min(CHUNK, CHUNK_BYTES // (4 * math.prod(shape))))
+
+
+def _chunks(indices: list[int], shape: tuple[int, ...]) -> Iterator[list[int]]:
+    size = _chunk(shape)
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
 
 
 def _train(network: Classifier, data: DataSet, digest: str) -> float:
@@ -140,7 +148,7 @@ def _train(network: Classifier, data: DataSet, digest: str) -> float:
         schedule.step()
     right = total = 0
     with torch.no_grad():
-        for indices in _chunks(held_out[:MAX_HELD_OUT].tolist()):
+        for indices in _chunks(held_out[:MAX_HELD_OUT].tolist(), data.shape):
             images, labels = _with_task(data, 0, indices)
             right += int((network(images).argmax(1) == labels).sum())
             total += len(labels)
