@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from programs.train_vector import Alternating, FlowMatching, Ring, Vector, stage, train
+from programs.train_vector import Alternating, FlowMatching, NoInit, Ring, Vector, stage, train
 from torch import nn
 
 from distill.core.errors import InputError, RunError
@@ -17,8 +17,10 @@ from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
 from distill.training.optimizer import learning_rate
-from distill.training.plain import Plain, PlainTrainable
+from distill.training.plain import PLAIN, Plain, PlainTrainable
+from distill.training.roles import Roles
 from distill.training.sharding import Sharding, Trainable
+from distill.training.world import ALONE
 
 
 def bits(result):
@@ -673,3 +675,22 @@ def test_learning_rates_of_a_network_resume_to_the_bit_and_one_for_all_changes_n
 def test_learning_rates_that_cannot_be_meant_are_refused_by_name(tmp_path, lr, groups, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, Rates(lr, groups))
+
+
+# --- places of networks ---
+
+
+def test_spare_networks_are_moved_to_the_cpu_and_the_teacher_to_the_device(monkeypatch):
+    moves, to = [], nn.Module.to
+    teacher, spare = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def record(module, *given):
+        moves.extend((name, str(*given)) for name, each in (("teacher", teacher), ("spare", spare)) if each is module)
+        return to(module, *given)
+
+    monkeypatch.setattr(nn.Module, "to", record)
+    Roles(
+        FlowMatching(), NoInit(), stage(), torch.device("cpu"), ALONE, ALONE.rows(16, 16),
+        seed=0, found=None, sharding=PLAIN, teacher=teacher, recompute=False, spare=[spare],
+    )  # fmt: skip
+    assert moves == [("spare", "cpu"), ("teacher", "cpu")]

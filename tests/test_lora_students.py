@@ -8,6 +8,7 @@ import test_teacher_sd3 as sd3
 import tiny
 import torch
 from latent import CPU, conditions, load, normal, write, write_conditions
+from latent_runs import content, images
 from runs import CARD
 from safetensors.torch import load_file
 
@@ -15,9 +16,12 @@ from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.exchange import manifest
 from distill.exchange.student_card import LoraFacts, StudentCard, read, record, verify
+from distill.execution import preflight
+from distill.execution.estimate import estimate
 from distill.networks.sharing import has_base, is_shared
 from distill.protocols import Batch, Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import StagePaths
+from distill.spec import checks, specfile
 from distill.spec.model import CheckpointSpec, CheckpointTeacher, TrainStage
 from distill.spec.rolespec import LoraSpec
 from distill.students import adapting, isolated, lora_start, lora_verify, native
@@ -391,3 +395,18 @@ def test_what_is_not_there_is_named(teacher, spec, message):
     with pytest.raises(InputError) as caught:
         adapted(teacher, spec=spec)
     assert str(caught.value).startswith(message)
+
+
+# --- before a run ---
+
+
+def test_the_base_is_counted_once_on_the_device(place, teacher, tmp_path):
+    """Reflow does not call the teacher, whose weights its student shares; the other recipe does."""
+    given = {"path": place.path, "size": place.size, "conditions": place.conditions, "dtype": "bfloat16"}
+    made = content(given, images(tmp_path / "data", 3, 16, 16), ["reflow/reflow", "shortcut/shortcut"])
+    for name in ("reflow", "shortcut"):
+        made["stages"][name] |= {"lora": {"student": {"rank": 2}}}
+    found = estimate(preflight.check(checks.check(specfile.validate(made, "spec"), tmp_path)))
+    size = 2 * sum(each.numel() for each in teacher.network.parameters())
+    assert [each.get("base") for each in found.values()] == [size, None]
+    assert [each.get("teacher") for each in found.values()] == [None, size]

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from distill.data import indexed
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, stages, train_stage
+from distill.flow.draws import Rows
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
 from distill.runs import results
@@ -34,6 +36,7 @@ from distill.students.exporting import export
 from distill.students.init import teacher_on_linear_path
 from distill.students.loaded import load_student
 from distill.teachers import load_teacher
+from distill.training import loading
 from distill.training.world import ALONE
 from recipes.reflow import reflow
 
@@ -92,6 +95,86 @@ def test_a_stage_needs_a_gpu_for_each_of_its_own_processes_here(tmp_path, monkey
         return
     stages.run(run, given, ["pairs"], StopRequest(), part=part)
     assert placed == ["cuda"]
+
+
+class ReachedError(Exception):
+    """The training would begin here."""
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The arguments of each training, of which none is done."""
+    handed = []
+
+    def begin_training(recipe, init, source, stage, **named):
+        handed.append({"source": source, **named})
+        raise ReachedError
+
+    def reach(run, given, name):
+        with monkeypatch.context() as patch, pytest.raises(ReachedError):
+            patch.setattr(train_stage.engine, "train", begin_training)
+            stages.run(run, given, [name], StopRequest())
+        return handed[-1]
+
+    return reach
+
+
+def test_networks_that_training_does_not_call_are_spare(tmp_path, begun):
+    """Reflow needs a teacher, and does not call it; perflow does."""
+    teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
+    windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "options": {"solver_steps": 1}}
+    flow = {**REFLOW, "network": None, "images": 16}
+    more = {"fresh": {**windows, "network": TEACH["network"]}, "again": {**flow, "init": "flow"}}
+    more["after"] = {**windows, "init": "flow"}
+    given = spec(teacher, {"kind": "digits"}, windows=windows, pairs=PAIRS, flow=flow, **more)
+    run = RunPaths(tmp_path / "r")
+    run.root.mkdir()
+    stages.run(run, given, ["pairs", "flow"], StopRequest())
+    run.stage("flow").done.unlink()
+    found = {name: begun(run, given, name) for name in ("windows", "fresh", "flow", "again", "after")}
+    counts = {name: (each["teacher"] is not None, len(each["spare"])) for name, each in found.items()}
+    assert counts == {
+        "windows": (True, 0), "fresh": (True, 0), "flow": (False, 1), "again": (False, 2), "after": (True, 1),
+    }  # fmt: skip
+    weights = load_student(run.student("flow"), CPU).network.state_dict()
+    spare = found["after"]["spare"][0].state_dict()
+    assert spare and all(torch.equal(each, weights[name]) for name, each in spare.items())
+
+
+def test_networks_that_zero_3_divides_are_made_on_the_cpu(tmp_path, monkeypatch):
+    places = []
+
+    def prepare(work, stage, device):
+        places.append(device.type)
+        raise ReachedError
+
+    monkeypatch.setattr(train_stage, "_training", prepare)
+    monkeypatch.setattr(stages.devices, "place", lambda *given: torch.device("meta"))
+    for number, launch in enumerate(({}, {"zero_stage": 2}, {"zero_stage": 3}, {"divide_teacher": True})):
+        given = spec(pairs=PAIRS, base=REFLOW).model_copy(update={"launch": LaunchSpec(**launch)})
+        run = RunPaths(tmp_path / str(number))
+        run.root.mkdir()
+        with pytest.raises(ReachedError):
+            stages.run(run, given, ["base"], StopRequest())
+    assert places == ["meta", "meta", "cpu", "cpu"]
+
+
+def test_the_time_of_encoding_is_no_time_of_waiting(tmp_path, begun, monkeypatch):
+    """More workers would not make it shorter, since they do not encode."""
+    clock = [0.0]
+
+    def encode(pixels):
+        clock[0] += 100
+        return pixels[..., ::2, ::2]
+
+    codec = SimpleNamespace(is_identity=False, digest="", encode=encode)
+    monkeypatch.setattr(train_stage, "codec_of", lambda data, own: codec)
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
+    given, run = spec(None, {"kind": "digits"}, teach=TEACH), RunPaths(tmp_path / "r")
+    run.root.mkdir()
+    training = begun(run, given, "teach")
+    assert training["source"].batch(0, Rows(0, 8, 8)).data.shape == (8, 1, 4, 4)
+    assert (clock, training["timed"].take()) == ([100], 0.0)
 
 
 # --- stopping ---

@@ -7,8 +7,10 @@ from distill.training.choice import choose_sharding
 
 
 def estimate(ready: Ready) -> dict[str, dict[str, int]]:
-    """Bytes of a process by stage and kind: the kinds of `memory.predict`, and "teacher". Activations are not included.
+    """Bytes of a process by stage and kind, on the device on which it trains. Activations are not included.
 
+    The kinds are those of `memory.predict`, "teacher" if the recipe calls one, and "base": the weights that networks
+    with adapters share, unless they are the teacher's. Networks of which only the weights are copied are on the CPU.
     Stages whose networks are not known yet are left out.
     """
     launch, found = ready.resolved.spec.launch, {}
@@ -21,4 +23,6 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
         if built.teacher is not None and built.teacher.network is not None:
             whole = sum(p.numel() * p.element_size() for p in built.teacher.network.parameters())
             found[name]["teacher"] = whole // launch.world_size if sharding.divides_frozen else whole
+        if built.base:
+            found[name]["base"] = built.base
     return found

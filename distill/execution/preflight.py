@@ -3,8 +3,9 @@
 The predictions of memory (`estimate`) and time (`forecast`) use what was loaded and built here.
 """
 
+import weakref
 from collections.abc import Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from distill.execution import caching, sources
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
 from distill.flow.interpolants import linear
-from distill.networks.sharing import is_shared
+from distill.networks.sharing import has_base, is_shared
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe
 from distill.spec import cacheuse, pairspec, registry
@@ -57,6 +58,8 @@ class Built:
     """for each target copy, the network that it copies"""
     teacher: LoadedTeacher | None
     """the teacher that the recipe calls, if any"""
+    base: int
+    """bytes of the frozen weights that the trained networks share, unless they are those of this teacher"""
     smaller: SmallerStudent | None
     """what a student of another size is, if the stage asks for one"""
 
@@ -244,6 +247,9 @@ def _build(
     origin = _student(earlier, stage.init) if stage.init is not None else teacher
     init = start(stage, recipe, teacher, origin, data, 0)
     called = teacher if "teacher" in recipe.needs else None
+    kept = called if calls_teacher(recipe, called) else None
+    # A LoRA student of an earlier stage has the weights of the teacher.
+    is_base = kept is not None and origin is not None and (origin is kept or _is_lora(origin))
     made: Recipe = recipe.module.Recipe(recipe.config, called)
     roles = made.networks(init)
     if registry.drops_condition(recipe.config):  # an error now if there is no null condition, and not in the first step
@@ -252,12 +258,34 @@ def _build(
     changed = {name: [p for p in each.parameters() if not is_shared(p)] for name, each in trained.items()}
     sizes = {name: [p.numel() for p in each if p.requires_grad] for name, each in changed.items()}
     still = {name: [p.numel() for p in each if not p.requires_grad] for name, each in changed.items()}
+    shared = {p for each in trained.values() for p in each.parameters() if is_shared(p)}
+    base = 0 if is_base else sum(p.numel() * p.element_size() for p in shared)
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
     made_as = roles["student"]
     student = made_as.module if isinstance(made_as, Adapter) else trained["student"]  # recipes' adapters will be merged
     exported = sum(p.numel() for p in student.parameters() if not is_shared(p))
     other = None if init.changes is None or origin is None else smaller.describe(origin, init.changes)
-    return made, Built(_pretend(student, init), sizes, still, exported, copies, called, other)
+    return made, Built(_pretend(student, init), sizes, still, exported, copies, kept, base, other)
+
+
+def calls_teacher(recipe: ResolvedRecipe, teacher: LoadedTeacher | None) -> bool:
+    """Whether a recipe keeps the teacher that it is given, or its field, and so may call its network.
+
+    Recipes that train on pairs need a teacher, but do not call it.
+    """
+    if teacher is None or teacher.network is None or "teacher" not in recipe.needs:
+        return False
+    given = replace(teacher, field=copy(teacher.field))
+    found: list[weakref.ref[object]] = [weakref.ref(given), weakref.ref(given.field)]
+    made = recipe.module.Recipe(recipe.config, given)
+    del given
+    kept = any(each() is not None for each in found)
+    del made
+    return kept
+
+
+def _is_lora(network: Origin) -> bool:
+    return network.network is not None and has_base(network.network)
 
 
 def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:

@@ -64,6 +64,16 @@ class PreparedTraining:
     inputs: dict[str, str]  # digests by name
     places: dict[str, str]  # where each input was read
     calls: Counted | None  # counts the recipe's calls of the teacher, if memory is measured
+    called: nn.Module | None  # the teacher's network, if the recipe may call it
+
+    @property
+    def spare(self) -> list[nn.Module]:
+        """The networks of which only the weights are copied, and that share none with the networks that are called."""
+        if self.init.shares:
+            return []
+        kept = set() if self.called is None else {*self.called.parameters()}
+        given = dict.fromkeys(each.network for each in (self.teacher, self.init.source) if each is not None)
+        return [each for each in given if each is not None and kept.isdisjoint(each.parameters())]
 
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTraining:
@@ -78,6 +88,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     called = called if "teacher" in asked.needs else None
+    network = teacher.network if teacher is not None and preflight.calls_teacher(asked, teacher) else None
     recipe = asked.module.Recipe(asked.config, called)
     t_grids = preflight.t_grids(work.spec, work.name, recipe, inputs.times)
     init = preflight.start(stage, asked, teacher, origin, data, work.seed)
@@ -116,7 +127,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
     if data is not None and (digest := codec_of(data, init.codec).digest):
         digests["autoencoder"], places["autoencoder"] = digest, "of the teacher"
-    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls)
+    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls, network)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -130,8 +141,9 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 def train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     sharding = choose_sharding(launch)
-    # Before it is divided, the teacher might not fit on the device.
-    training = _training(work, stage, CPU if sharding.divides_frozen else work.device)
+    # Before it is divided, the teacher might not fit on the device; nor might the networks that are copied from it.
+    divides = sharding.divides_frozen or sharding.divides_trained
+    training = _training(work, stage, CPU if divides else work.device)
     probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # for exports after the pairs are deleted
@@ -158,10 +170,11 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
         work.progress(stage.images, "images") as progress,
         probe.activations if probe else nullcontext(),
     ):
+        timed = loading.TimedSource(read)
         result = engine.train(
             training.recipe,
             training.init,
-            encoded(read),
+            encoded(timed),
             stage,
             seed=work.seed,
             device=work.device,
@@ -173,7 +186,9 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
             inputs={**training.inputs, **digests},
             world=work.world,
             sharding=sharding,
-            teacher=None if training.teacher is None else training.teacher.network,
+            teacher=training.called,
+            spare=training.spare,
+            timed=timed,
             recompute=launch.activation_checkpointing,
             probe=None if probe is None else partial(_measure, probe, progress, stage),
         )
@@ -205,6 +220,7 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
         device=work.device,
         world=work.world,
         recompute=launch.activation_checkpointing,
+        spare=training.spare,
         step=0 if training.data is None else DataSource(training.data, stage.batch_size, work.seed).largest_step,
     )
 

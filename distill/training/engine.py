@@ -8,7 +8,7 @@ networks. And without a GPU, unless it is given the backend, each rank would tra
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -71,6 +71,8 @@ def train(
     teacher: nn.Module | None = None,
     recompute: bool = False,
     probe: Callable[[Roles], None] | None = None,
+    spare: Sequence[nn.Module] = (),
+    timed: TimedSource | None = None,
 ) -> TrainResult:
     """Train a recipe's networks for `stage.images` images, rounded up to whole batches.
 
@@ -81,10 +83,13 @@ def train(
     run: where events are written; given to rank 0 only.
     world: the ranks that train together, each on its rows of a batch.
     sharding: how the networks are divided among the ranks.
-    teacher: the teacher's network, if the recipe may call it.
+    teacher: the teacher's network, if the recipe may call it. spare: see `Roles`.
     recompute: recompute activations in the backward pass instead of keeping them.
     probe: called before each optimizer step, to measure memory.
+    timed: the part of `source` that is waited for; None: all of it.
     """
+    if timed is None:
+        source = timed = TimedSource(source)
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
     settings = {"draws": DRAWS, "seed": seed, "stage": stage_content(stage), "inputs": dict(inputs or {})}
@@ -106,6 +111,7 @@ def train(
             sharding=sharding,
             teacher=teacher,
             recompute=recompute,
+            spare=spare,
         )
     if probe is None:  # with a probe, the run is a temporary one
         world.alone("checking free space", partial(checkpoints.require_room, roles.checkpoint_bytes()))
@@ -119,7 +125,7 @@ def train(
         step, images = _loop(
             recipe, roles, source, stage, saver,
             seed=seed, step=step, images=images, slices=slices, device=device,
-            progress=progress, stop=stop, probe=probe,
+            progress=progress, stop=stop, probe=probe, timed=timed,
         )  # fmt: skip
     roles.rest()
     return TrainResult(roles, images, step)
@@ -145,12 +151,13 @@ def _loop(
     progress: Progress,
     stop: StopRequest,
     probe: Callable[[Roles], None] | None,
+    timed: TimedSource,
 ) -> tuple[int, int]:
     """Train from `step`, after `images` images, to `stage.images`. Returns both at the end, where they are saved."""
-    world, batch_size, timed = roles.world, stage.batch_size, TimedSource(source)
+    world, batch_size = roles.world, stage.batch_size
     while images < stage.images:
         moved = step_once(
-            recipe, roles, timed, stage, seed=seed, step=step, images=images, slices=slices, device=device,
+            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
             probe=probe, last_good=saver.last_good,
         )  # fmt: skip
         step += 1

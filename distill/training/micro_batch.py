@@ -7,7 +7,7 @@ results. If one of them failed, all continue with a smaller candidate.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import nn
 
 from distill.core import records
 from distill.core.atomic import write_json
@@ -123,14 +124,17 @@ def largest(
     device: torch.device,
     world: World,
     recompute: bool,
+    spare: Sequence[nn.Module] = (),
     step: int = 0,
 ) -> int:
     """The largest micro-batch with which this stage can be trained; see `choose`. All ranks must call this.
 
-    step: the step of `source` whose batch needs the most memory.
+    step: the step of `source` whose batch needs the most memory. spare: see `Roles`.
     """
     same = OneBatch(source, step)
-    tried = partial(fits, recipe, init, same, stage, seed=seed, device=device, world=world, recompute=recompute)
+    tried = partial(
+        fits, recipe, init, same, stage, seed=seed, device=device, world=world, recompute=recompute, spare=spare
+    )
     return choose(path, stage.batch_size // world.size, rows_together, world, tried)
 
 
@@ -158,10 +162,12 @@ def fits(
     device: torch.device,
     world: World,
     recompute: bool,
+    spare: Sequence[nn.Module] = (),
 ) -> bool:
     """Whether this rank has enough memory for micro-batches of `size`. Makes a few training steps and discards them."""
+    slices = world.rows(stage.batch_size, size)
     try:
-        _try(recipe(), init, source, stage, world.rows(stage.batch_size, size), seed, device, recompute=recompute)
+        _try(recipe(), init, source, stage, slices, seed, device, recompute=recompute, spare=spare)
         enough = True
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
@@ -181,10 +187,11 @@ def _try(
     device: torch.device,
     *,
     recompute: bool,
+    spare: Sequence[nn.Module],
 ) -> None:
     roles = Roles(
         recipe, init, stage, device, ALONE, slices,
-        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute,
+        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute, spare=spare,
     )  # fmt: skip
     images, had = 0, Counter[str]()
     for step in range(MOST_STEPS):

@@ -4,7 +4,7 @@ This is everything that training changes, so it is what a checkpoint contains be
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from diffusers import ModelMixin
@@ -33,6 +33,7 @@ class Roles:
 
     seed: for the initial weights of adapters.
     teacher: the teacher's network, if the recipe calls it.
+    spare: networks whose weights are only copied, and that are not called; they are moved to the CPU.
     recompute: recompute activations in the backward pass instead of keeping them.
     """
 
@@ -50,10 +51,13 @@ class Roles:
         sharding: Sharding,
         teacher: nn.Module | None,
         recompute: bool,
+        spare: Sequence[nn.Module] = (),
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
         roles = recipe.networks(init)
         own = adapting.trained(roles, stage.lora, seed, self.name)
+        for network in spare:
+            network.to("cpu")
         trained = {name: role.module for name, role in own.items()}
         frozen = {name: role.module for name, role in roles.items() if isinstance(role, Frozen)}
         self.copies = {name: role for name, role in roles.items() if isinstance(role, Copy)}
@@ -83,8 +87,10 @@ class Roles:
             world.share([*(each for each in module.parameters() if not is_shared(each)), *_buffers(module)])
         if recompute:
             _recompute(self.name, list(trained.values()))
-        if sharding.divides_frozen and teacher is not None:
+        if teacher is not None and sharding.divides_frozen:
             apart.append(teacher)
+        elif teacher is not None:
+            teacher.to(device)
         for network in apart:
             sharding.divide(network, device, world)
         self.trainables: dict[str, Trainable] = {
