@@ -64,11 +64,10 @@ def choose(run: RunPaths, stage: str | None, which: str) -> ChosenStudent:
             name = train_stage(run, stage)
             raise InputError(f"'{run.name}/{name}@best': best is for a whole run; write {run.name}@best")
         return ChosenStudent(run, best(run))
-    name = train_stage(run, stage)
     step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
         raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])} (N: the step of a checkpoint)")
-    return ChosenStudent(run, name, step)
+    return ChosenStudent(run, train_stage(run, stage), step)
 
 
 def train_stage(run: RunPaths, stage: str | None) -> str:
