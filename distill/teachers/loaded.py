@@ -17,7 +17,7 @@ from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, comb
 from distill.networks.critic import whole
 from distill.networks.experts import Experts
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
-from distill.protocols import Codec, Cond, Conditioning, OfImage, VelocityField
+from distill.protocols import Codec, Cond, Conditioning, LayerOutput, OfImage, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
 
@@ -86,9 +86,9 @@ class LoadedTeacher:
             why = "it has two networks" if isinstance(self.network, Experts) else "it is known in closed form"
             valid = ", ".join(self.layers) or f"none, because {why}"
             raise InputError(f"{self.description} has no layer {unknown[0] if unknown else ''}; valid: {valid}")
-        found: dict[str, Tensor | tuple[Tensor, ...]] = {}
+        found: dict[str, LayerOutput] = {}
 
-        def keep(name: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def keep(name: str, module: nn.Module, inputs: object, output: LayerOutput) -> None:
             found[name] = output
 
         network = self.network.network if isinstance(self.network, VelocityEdmUNet2DModel) else self.network
