@@ -228,7 +228,7 @@ def test_an_export_reads_the_weights_that_are_there():
 
 
 def test_the_base_of_a_hub_id_is_read_where_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(by_id, "cached_folder", lambda spec: tmp_path if spec.path == "org/name" else None)
+    monkeypatch.setattr(by_id, "cached_folder", lambda name, revision: tmp_path if name == "org/name" else None)
     (tmp_path / "part").mkdir()
     assert lora_verify._unchanged(CheckpointTeacher(path="org/name")) == tmp_path
     assert lora_verify._unchanged(CheckpointTeacher(path="org/name", subfolder="part")) == tmp_path / "part"

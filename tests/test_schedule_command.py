@@ -159,7 +159,20 @@ def test_a_student_is_sampled_along_other_times(capfd, here):
 @pytest.mark.long
 def test_an_evaluation_has_rows_along_other_times(capfd, here, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    asked = ["--teacher", TEACHER, "--data", "none", "--samples", "64", "--steps", "2", "--teacher-steps", "2,3"]
+    asked = [
+        "--teacher",
+        TEACHER,
+        "--data",
+        "none",
+        "--samples",
+        "64",
+        "--steps",
+        "2",
+        "--teacher-steps",
+        "2,3",
+        "--baselines",
+        "none",
+    ]
     done = command(capfd, "eval", "student", "--out", "e", *asked, "--schedule", "optimal", "--json")
     assert done.code == 0, done.err
     rows = [(r["network"], r["steps"], r["along"]) for r in json.loads(done.out)["rows"] if not r["fine"]]

@@ -34,7 +34,7 @@ from distill.spec.model import CheckpointTeacher
 if TYPE_CHECKING:
     import torch
 
-    from distill.students.comparing import Difference
+    import distill.students.comparing
 
 LoraStudent = Annotated[
     str, typer.Argument(metavar="STUDENT", help="The folder of a LoRA student, or RUN/STAGE of the store.")
@@ -236,5 +236,5 @@ def _check(out: Path, scale: float = 1.0) -> None:
         raise InputError(f"--scale {scale:g}: has no effect or is not finite; give another number")
 
 
-def _decibels(found: "Difference") -> str:
+def _decibels(found: "distill.students.comparing.Difference") -> str:
     return "equal" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"

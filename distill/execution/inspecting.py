@@ -20,7 +20,6 @@ from distill.teachers.codecs import LatentCodec
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
 from distill.teachers.layout import CONFIG, INDEX, SECOND
-from distill.teachers.of_students import with_guidance_of
 from distill.teachers.read import parse, short
 from distill.training import memory
 from distill.training.plain import PLAIN
@@ -127,7 +126,7 @@ def inspect(spec: CheckpointTeacher) -> InspectedTeacher:
             to_set["scheduler"] = str(error)
             parts = dataclasses.replace(parts, scheduler=None, chosen=None)
     facts = describe(spec, parts, "velocity")
-    spec = with_guidance_of(spec, parts.student.embedded_guidance, parts.root)
+    spec = spec.with_guidance(parts.student.embedded_guidance, parts.root)
     networks, empty = _networks(parts, facts, spec)
     field = None
     try:

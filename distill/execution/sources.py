@@ -44,7 +44,7 @@ from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher, conditions
 from distill.teachers.dispatching import dispatched
-from distill.teachers.of_students import stage_teacher, weak_teacher, with_guidance_of
+from distill.teachers.of_students import stage_teacher, weak_teacher
 from distill.training.world import World
 
 
@@ -89,15 +89,19 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
 
 def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
     """A teacher, which may be a LoRA student of `own`, the teacher of the spec."""
-    folder = Path(given.path) if isinstance(given, CheckpointTeacher) else None
-    if folder is None or own is None or not student_card.is_lora(folder):
-        return teachers.load_teacher(given, device, probe=False)
-    assert isinstance(own, CheckpointTeacher), "a LoRA student is one of a checkpoint"
-    base = with_guidance_of(own, student_card.read(folder).embedded_guidance, folder)
-    require_peft()
+    lora = None if own is None or not isinstance(given, CheckpointTeacher) else Path(given.path)
+    if lora is None or not student_card.is_lora(lora):
+        lora, base = None, given
+    else:
+        assert isinstance(own, CheckpointTeacher), "a LoRA student is one of a checkpoint"
+        base = own.with_guidance(student_card.read(lora).embedded_guidance, lora)
+        require_peft()
+    found = teachers.load_teacher(base, device, probe=False)
+    if lora is None:
+        return found
     from distill.students import lora_folder  # imports PEFT, which takes seconds
 
-    return lora_folder.as_teacher(folder, teachers.load_teacher(base, device, probe=False))
+    return lora_folder.as_teacher(lora, found)
 
 
 def _places(

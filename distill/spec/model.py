@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveFloat
 
+from distill.core.errors import InputError
 from distill.core.field_types import (
     MAX_PARTS,
     Below,
@@ -132,8 +133,24 @@ class CheckpointTeacher(FrozenModel):
         inside = "" if self.subfolder is None else f" with teacher.subfolder={self.subfolder}"
         return f"teacher.path={self.path}{inside}"
 
+    def with_guidance(self, trained: float | None, student: Path) -> "CheckpointTeacher":
+        """The spec of a student's network, or of its base, with the embedded guidance that it was trained with.
+
+        trained: what the card of the student says; null: nothing. InputError if the spec says another value.
+        """
+        if trained is None:
+            return self
+        if self.embedded_guidance not in (None, trained):
+            raise InputError(
+                f"teacher.embedded_guidance={self.embedded_guidance:g}: the student {student} was trained with "
+                f"{trained:g}, and works with no other value; leave teacher.embedded_guidance out, or set it to "
+                f"{trained:g}"
+            )
+        return self.model_copy(update={"embedded_guidance": trained})
+
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
+
 
 # --- stages ---
 

@@ -25,7 +25,6 @@ from distill.students.loaded import LoadedStudent, load_student
 from distill.students.lora_weights import LoraWeights
 from distill.students.merging import merge
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.of_students import with_guidance_of
 
 UNRELATED = 1.0  # change relative to the base; 1.4 for networks that have nothing in common
 CPU = torch.device("cpu")
@@ -85,7 +84,7 @@ def extract(
     if a LoRA cannot be written, or not be loaded again.
     """
     card = _suitable(folder)
-    spec = with_guidance_of(spec, card.embedded_guidance, folder)
+    spec = spec.with_guidance(card.embedded_guidance, folder)
     base = teachers.load_teacher(spec, CPU, probe=False)
     assert base.network is not None
     if card.network != (theirs := _named(base.network)[0]):

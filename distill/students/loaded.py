@@ -22,7 +22,7 @@ from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import native, native_folder
 from distill.teachers import checkpoint
 from distill.teachers.loaded import LoadedTeacher, Packaging
-from distill.teachers.of_students import student_as_teacher, with_guidance_of
+from distill.teachers.of_students import student_as_teacher
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent
 KINDS: dict[str, type[Student]] = {
@@ -103,7 +103,7 @@ def _load_lora(
             f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
             f"({card.teacher or 'not named in its card'}) with --teacher"
         )
-    like, base = with_guidance_of(like, card.embedded_guidance, folder), shared
+    like, base = like.with_guidance(card.embedded_guidance, folder), shared
     if base is None or not _is_base(base, card, device, checkpoint.DTYPES[like.dtype]):
         base = checkpoint.load(like, device, probe=False)
     student, digest = lora_folder.load(folder, card, base)

@@ -100,7 +100,7 @@ def tensors_of(layers: Mapping[str, LoraLayer], keys: KeyList, rows: RowCounts) 
             layer = LoraLayer(layer.down, _swapped(layer.up), layer.alpha)
         key = _key(keys, theirs)
         if matches(keys.without_alpha, theirs, names):
-            layer = LoraLayer(layer.down, layer.alpha / layer.rank * layer.up, layer.rank)
+            layer = LoraLayer(layer.down, layer.alpha / layer.rank * layer.up, float(layer.rank))
         else:
             found[f"{key}.alpha"] = torch.tensor(layer.alpha)
         found |= {f"{key}.{down_name}.weight": layer.down, f"{key}.{up_name}.weight": layer.up}

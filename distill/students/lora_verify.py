@@ -82,7 +82,7 @@ def _unchanged(spec: TeacherSpec | None) -> Path | None:
         return None
     folder: Path | None = Path(spec.path)
     if not Path(spec.path).exists() and spec.is_of_hub:
-        folder = by_id.cached_folder(spec)
+        folder = by_id.cached_folder(spec.path, spec.revision)
     return folder / (spec.subfolder or "") if folder is not None and folder.is_dir() else None
 
 

@@ -52,7 +52,7 @@ def local(teacher: TeacherSpec) -> CheckpointTeacher:
         raise InputError(f"{WHOLE}, but this teacher ({teacher.kind}) has no files; leave --whole out")
     if Path(teacher.path).exists() or not teacher.is_of_hub:
         return teacher
-    found = by_id.cached_folder(teacher)
+    found = by_id.cached_folder(teacher.path, teacher.revision)
     if found is None:
         raise InputError(
             f"{teacher.where} is not in the cache of the hub on this machine; download it first: "

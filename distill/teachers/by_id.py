@@ -191,18 +191,18 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True, encoders: bool = 
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 
 
-def cached_folder(spec: CheckpointTeacher) -> Path | None:
-    """The folder of a teacher's repository in the Hugging Face cache; None if no file of it is there."""
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a repository, by its hub id, in the Hugging Face cache; None if no file of it is there."""
     try:
         # With the default patterns, the library raises an error if any listed file of the repository is not cached.
-        return Path(snapshot_download(spec.path, revision=spec.revision, local_files_only=True, allow_patterns=[]))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
     except hub.UNREACHABLE:
         return None
 
 
 def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
     """The folder of a teacher in the Hugging Face cache; None if its config, or its weights if needed, are missing."""
-    if (folder := cached_folder(spec)) is None:
+    if (folder := cached_folder(spec.path, spec.revision)) is None:
         return None
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     read, folders = set(read_of(spec, names, weights=weights)), _Folders.of(spec)

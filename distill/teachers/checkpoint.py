@@ -33,7 +33,6 @@ from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
-from distill.teachers.of_students import with_guidance_of
 from distill.teachers.read import Config, StudentFacts, lasting, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VeSchedule, VpSchedule
 from distill.teachers.variants import MERGE
@@ -158,7 +157,7 @@ def _described(
     """The spec with what the card of a student adds, the files, what configs say, and what the network takes."""
     parts = files.find(spec, download=download)
     facts = describe(spec, parts, kind)
-    spec = with_guidance_of(spec, parts.student.embedded_guidance, parts.root)
+    spec = spec.with_guidance(parts.student.embedded_guidance, parts.root)
     architecture, path, content = facts.architecture, facts.path, facts.content
     null = spec.null_class if spec.null_class is not None else parts.student.null_class
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))

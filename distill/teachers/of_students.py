@@ -34,28 +34,13 @@ def student_as_teacher(folder: Path, teacher: TeacherSpec | None) -> CheckpointT
     """An exported student as a teacher: on samples of the same size, with the same conditions as the spec's teacher.
 
     It has the teacher's autoencoder, because none is exported with students. If its card names an embedded guidance,
-    the teacher must have the same or none (see `with_guidance_of`, which is called when the student is read).
+    the teacher must have the same or none (see `with_guidance`, which is called when the student is read).
     """
     if not isinstance(teacher, CheckpointTeacher):
         return CheckpointTeacher(path=str(folder))
     same = teacher.model_dump(include={"size", "conditions", "embedded_guidance", "vae"})
     student = CheckpointTeacher(path=str(folder), **same)
     return student if teacher.vae is not None else student.model_copy(update={"vae": _autoencoder(student, teacher)})
-
-
-def with_guidance_of(spec: CheckpointTeacher, trained: float | None, student: Path) -> CheckpointTeacher:
-    """The spec of a student's network, or of its base, with the embedded guidance that the student was trained with.
-
-    trained: what the card of the student says. InputError if the spec says another value.
-    """
-    if trained is None:
-        return spec
-    if spec.embedded_guidance not in (None, trained):
-        raise InputError(
-            f"teacher.embedded_guidance={spec.embedded_guidance:g}: the student {student} was trained with "
-            f"{trained:g}, and works with no other value; leave teacher.embedded_guidance out, or set it to {trained:g}"
-        )
-    return spec.model_copy(update={"embedded_guidance": trained})
 
 
 def in_size_of(shape: tuple[int, ...], teacher: TeacherSpec | None) -> TeacherSpec | None:

@@ -89,7 +89,7 @@ class NoInit:
     def velocity_field(self):
         raise AssertionError
 
-    flow_map = acceleration = critic = velocity_field
+    flow_map = acceleration = critic = t_grid = velocity_field
 
     def null(self, cond):
         return cond
