@@ -144,7 +144,7 @@ def test_the_times_of_a_table_are_those_at_which_its_schedulers_call_the_network
     ddim = DDIMScheduler(timestep_spacing="trailing", **options)
     lcm = LCMScheduler(original_inference_steps=steps, beta_start=0.0001, beta_end=0.02, **options)
     left = ddim.alphas_cumprod.double()
-    call = LinearCall(None, "epsilon", 0.5 * torch.log((1 - left) / left))
+    call = LinearCall(lambda network, x, time, cond: x, "epsilon", 0.5 * torch.log((1 - left) / left))
     for count in (1, 2, 4, 5, 7):
         lcm.set_timesteps(count)
         ddim.set_timesteps(count)
@@ -168,15 +168,15 @@ def test_why_a_stock_pipeline_cannot_sample_a_student(tmp_path):
     assert how(flux, "acceleration", "accelerated").reason == (
         "it has a second network, of the acceleration, which the pipeline does not call"
     )
-    windows = {4: [1, 0.75, 0.5, 0.25, 0], 5: [1, 0.875, 0.75, 0.5, 0.25, 0]}
+    windows = {4: [1.0, 0.75, 0.5, 0.25, 0.0], 5: [1.0, 0.875, 0.75, 0.5, 0.25, 0.0]}
     assert how(sd, "velocity_field", "euler", windows).reason == "no scheduler uses its times (for 4, 5 steps)"
-    assert how(sd, "velocity_field", "euler", {1: [1, 0]}).steps == (1,)
+    assert how(sd, "velocity_field", "euler", {1: [1.0, 0.0]}).steps == (1,)
     assert how(sd, "velocity_field", "same_noise").steps == (1,)
     assert how(flux, "velocity_field", "same_noise").steps == (1, 2)
     assert how(flux, "velocity_field", "euler", windows).steps == (4,)
-    found = how(flux, "velocity_field", "euler", {2: [1, 0.75, 0], 1: [1, 0]})
+    found = how(flux, "velocity_field", "euler", {2: [1.0, 0.75, 0.0], 1: [1.0, 0.0]})
     assert (found.steps, found.scheduler["shift"]) == ((1, 2), 3.0)
-    assert how(flux, "velocity_field", "euler", {2: [1, 0.75, 0], 3: [1, 0.4, 0.2, 0]}).steps == (2,)
+    assert how(flux, "velocity_field", "euler", {2: [1.0, 0.75, 0.0], 3: [1.0, 0.4, 0.2, 0.0]}).steps == (2,)
 
 
 def test_a_map_to_data_has_no_second_time(tmp_path):
