@@ -21,7 +21,7 @@ from distill.flow.interpolants import Interpolant
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
 NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]  # (network, x_t [B, ...], time [B], cond) -> like x_t
 
-LayerOutput: TypeAlias = Tensor | tuple[Tensor | None, ...]  # the last block of SD3 has None in place of its text
+LayerOutput: TypeAlias = Tensor | tuple[object, ...]  # also None, or a tuple of features of several levels
 
 # (network, output of one of its layers, x_t, cond) -> the part of the output that belongs to the samples, [B, ...]
 OfImage = Callable[[nn.Module, LayerOutput, Tensor, Cond], Tensor]

@@ -309,3 +309,15 @@ def vp_grid(scheduler: DDIMScheduler) -> Tensor:
     table = scheduler.alphas_cumprod.double()[scheduler.timesteps]
     alpha, sigma = table.sqrt(), (1 - table).sqrt()
     return torch.cat([sigma / (alpha + sigma), torch.zeros(1)])
+
+
+def as_module(function) -> torch.nn.Module:
+    """A function in place of a network."""
+
+    class Stub(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            return function(*args, **kwargs)
+
+    found = Stub()
+    vars(found).update(vars(function))  # such as its config
+    return found

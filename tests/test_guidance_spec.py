@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import test_evaluate
@@ -131,10 +132,10 @@ def test_words_say_what_differs():
         return FieldSettings(scale, GuidanceSpec(**given) if given else None, epsilon_scale).words
 
     assert words(1.0) == "guidance 1" and words(2.5) == "guidance 2.5"
-    assert words(4, guidance_scale_2=3) == "guidance 4 (3 for the second network)"
-    assert words(2, interval=(0.2, 0.6), form="apg", norm_limit=5) == "guidance 2 (apg, norm limit 5, 0.2 < t <= 0.6)"
-    assert words(2, weak="w") == "autoguidance 2" and words(1, 1.005) == "guidance 1, epsilon scale 1.005"
-    assert words(3, form="rescaled", rescale=0.3) == "guidance 3 (rescaled, rescale 0.3)"
+    assert words(4.0, guidance_scale_2=3) == "guidance 4 (3 for the second network)"
+    assert words(2.0, interval=(0.2, 0.6), form="apg", norm_limit=5) == "guidance 2 (apg, norm limit 5, 0.2 < t <= 0.6)"
+    assert words(2.0, weak="w") == "autoguidance 2" and words(1.0, 1.005) == "guidance 1, epsilon scale 1.005"
+    assert words(3.0, form="rescaled", rescale=0.3) == "guidance 3 (rescaled, rescale 0.3)"
 
 
 def test_plans_count_the_calls_of_an_interval():
@@ -143,7 +144,7 @@ def test_plans_count_the_calls_of_an_interval():
     evaluation = {"kind": "evaluate", "teacher": "t", "students": {"t": [1]}, "fine_steps": 4, **interval}
     evaluation["times"] = {"teacher": ["optimal", [1, 0.5, 0.3, 0]]}
     spec = images(p=pairs, e={**evaluation, "teacher_steps": [2, 10]})
-    _, solved, measured = planning.steps(resolve(specfile.validate(spec, "f"), "."))
+    _, solved, measured = planning.steps(resolve(specfile.validate(spec, "f"), Path()))
     assert solved.work == "100 pairs x about 14 network calls = about 1,400"
     assert solved.what == "euler, 10 steps, guidance 2 (0.3 < t <= 0.7)"
     # steps of 2 and 10: 3 + 14, twice; along the times: 4; Heun: 7 + 2, of times 1, .75, .75, .5, .5, .25, .25
@@ -269,6 +270,6 @@ def test_a_comparison_trains_the_weak_model_once():
     reflow = {"kind": "train", "recipe": "reflow/reflow", "pairs": "p", "teacher": "t", "images": 1280}
     evaluation = {"kind": "evaluate", "teacher": "t", "students": {"r": [1]}}
     spec = specfile.validate(images(w=TEACH, p=auto, r=reflow, e=evaluation), "f")
-    planned = comparison.plan(resolve(spec, "."), None)
+    planned = comparison.plan(resolve(spec, Path()), None)
     assert list(planned.shared) == ["t", "w", "p"]
     assert [list(chain.stages) for chain in planned.chains] == [["r"]]

@@ -4,6 +4,7 @@ A row of sizes: height and width of the original image, top and left of the crop
 """
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -217,7 +218,7 @@ def test_dropped_rows_get_the_null_row_of_every_field_and_keep_their_sizes(recip
         HeldRows(rows), null, {"sizes": torch.zeros(6)}, of_sizes=lambda sizes: {"sizes": sizes.float()}
     )
     student, teacher = Recorder(), Recorder()
-    module = registry.load(recipe, RunPaths("x").root)
+    module = registry.load(recipe, Path("x"))
     config = registry.configure(recipe, module, options, "options")
     made = module.Recipe(config, SimpleNamespace(guided=lambda scale: teacher))
     made.networks(SimpleNamespace(num_classes=5, conditioning=given, null=given.null, velocity_field=lambda: student))

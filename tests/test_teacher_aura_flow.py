@@ -7,6 +7,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    as_module,
     autoencoder,
     exact,
     finite_at_both_ends,
@@ -78,7 +79,7 @@ def test_an_oracle_gives_back_its_velocity():
     def network(*, hidden_states, timestep, encoder_hidden_states, return_dict):
         return (exact(hidden_states, timestep),)
 
-    field = NetworkField(network, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     assert (field(x, t, embeddings(2)) - exact(x, t)).abs().max() <= 1e-6
 

@@ -6,6 +6,7 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDi
 from latent import (
     NEGATIVE,
     PROMPTS,
+    as_module,
     autoencoder,
     exact,
     finite_at_both_ends,
@@ -86,7 +87,7 @@ def test_an_oracle_gives_back_its_velocity():
         x = ChromaPipeline._unpack_latents(hidden_states, 16, 24, 2)
         return (ChromaPipeline._pack_latents(exact(x, timestep), 3, 4, 8, 12),)
 
-    field = NetworkField(network, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     assert (field(x, t, embeddings(2)) - exact(x, t)).abs().max() <= 1e-6
 

@@ -1,7 +1,5 @@
 """CogView4 as a teacher."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers import CogView4Pipeline, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -29,6 +27,7 @@ from transformers import GlmConfig, GlmModel
 from distill.core.errors import InputError
 from distill.flow.interpolants import linear
 from distill.teachers.architectures.cogview4 import ARCHITECTURE
+from distill.teachers.convention import Asked
 from distill.teachers.network_field import NetworkField
 
 pytestmark = pytest.mark.costs("teacher CogView4Transformer2DModel")
@@ -107,7 +106,7 @@ def test_schedulers_with_another_time_shift_are_refused(tmp_path, options, said)
 
 
 def test_an_oracle_gives_back_its_velocity():
-    class Oracle:
+    class Oracle(torch.nn.Module):
         config = {"patch_size": 2}
 
         def __call__(self, *, hidden_states, timestep, **others):
@@ -116,7 +115,7 @@ def test_an_oracle_gives_back_its_velocity():
 
     field = NetworkField(Oracle(), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
-    sizes = ARCHITECTURE.constants({}, SimpleNamespace(size=(64, 96)))
+    sizes = ARCHITECTURE.constants({}, Asked((64, 96)))
     cond = embeddings(2) | {name: each.expand(3, -1) for name, each in sizes.items()}
     assert (field(x, t, cond) - exact(x, t)).abs().max() <= 1e-6
 

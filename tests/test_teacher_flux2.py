@@ -12,6 +12,7 @@ from diffusers import (
 from latent import (
     PROMPTS,
     VOCABULARY,
+    as_module,
     exact,
     finite_at_both_ends,
     fits_students,
@@ -132,7 +133,7 @@ def test_an_oracle_gives_back_its_velocity():
     def network(*, hidden_states, timestep, **others):
         return (exact(hidden_states, timestep),)
 
-    field = NetworkField(network, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     x, t = normal(3, 8, 4, 6), torch.tensor([0.1, 0.5, 0.9])
     assert (field(x, t, embeddings(2)) - exact(x, t)).abs().max() <= 1e-6
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from latent import (
     NEGATIVE,
     PROMPTS,
+    as_module,
     autoencoder,
     ddim,
     edit,
@@ -111,7 +112,7 @@ def test_an_oracle_gives_back_its_velocity():
         return (torch.cat([noise, torch.full_like(noise, torch.nan)], dim=1),)
 
     network.config = SimpleNamespace(patch_size=2, attention_head_dim=8)
-    field = NetworkField(network, vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     noise = exact_epsilon(x, 999 * t, table)
     expected = vp(table).convert(x.double(), noise.double(), t.double(), "epsilon", "velocity")

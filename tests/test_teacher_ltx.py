@@ -12,6 +12,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    as_module,
     edit,
     exact,
     finite_at_both_ends,
@@ -107,7 +108,7 @@ def test_an_oracle_gives_back_its_velocity():
         x = LTXPipeline._unpack_latents(hidden_states, 3, 2, 3)
         return (LTXPipeline._pack_latents(exact(x, timestep / 1000)),)
 
-    field = NetworkField(stub, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(stub), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     t = torch.tensor([0.1, 0.9])
     cond = ROWS | {"frame_rate": torch.full((2,), 25.0), "video_size": torch.tensor([SIZE, SIZE])}
     assert (field(NOISE, t, cond) - exact(NOISE, t)).abs().max() <= 1e-6

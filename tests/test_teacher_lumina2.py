@@ -7,6 +7,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    as_module,
     edit,
     exact,
     finite_at_both_ends,
@@ -95,7 +96,7 @@ def test_an_oracle_gives_back_its_velocity():
     def stub(*, hidden_states, timestep, **others):
         return (-exact(hidden_states, 1 - timestep),)
 
-    field = NetworkField(stub, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(stub), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     t = torch.tensor([0.1, 0.9])
     assert (field(NOISE, t, embeddings(2, 2)) - exact(NOISE, t)).abs().max() <= 1e-6
 

@@ -7,6 +7,7 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransforme
 from latent import (
     NEGATIVE,
     PROMPTS,
+    as_module,
     autoencoder,
     ddim,
     edit,
@@ -90,7 +91,7 @@ def test_an_oracle_gives_back_its_velocity():
         noise = exact_epsilon(x, timestep, table)
         return (torch.cat([noise, torch.full_like(noise, torch.nan)], dim=1),)
 
-    field = NetworkField(network, vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     noise = exact_epsilon(x, 999 * t, table)
     expected = vp(table).convert(x.double(), noise.double(), t.double(), "epsilon", "velocity")

@@ -12,6 +12,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    as_module,
     edit,
     exact,
     finite_at_both_ends,
@@ -91,7 +92,7 @@ def test_an_oracle_gives_back_its_velocity():
         x = QwenImagePipeline._unpack_latents(hidden_states, 32, 64, 8)[:, :, 0]
         return (QwenImagePipeline._pack_latents(exact(x, timestep), 3, 4, 4, 8),)
 
-    field = NetworkField(stub, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(stub), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     t = torch.tensor([0.1, 0.5, 0.9])
     assert (field(NOISE, t, embeddings(3, 2)) - exact(NOISE, t)).abs().max() <= 1e-6
 

@@ -108,7 +108,7 @@ def test_the_stock_scheduler_describes_the_same_field(tmp_path):
 
 
 def test_an_oracle_gives_back_its_velocity():
-    class Stub:
+    class Stub(torch.nn.Module):
         config = {"timestep_scale": 0.5}
 
         def __call__(self, x_t, *, timestep, **others):

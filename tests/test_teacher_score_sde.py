@@ -5,7 +5,7 @@ import torch
 from checkpoints import edit, load, refused
 from diffusers import DDPMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from latent import autoencoder, finite_at_both_ends, normal, same, seeded, write
+from latent import as_module, autoencoder, finite_at_both_ends, normal, same, seeded, write
 
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import edm, linear
@@ -69,7 +69,7 @@ def test_an_oracle_gives_back_its_velocity():
         return UNet2DOutput(sample=(-noise / sigma[:, None]).reshape(3, 1, 1, 1))
 
     x, t = normal(3, 1).double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    got = VeField(network, (0.02, 0.98))(x[:, :, None, None], t, {})
+    got = VeField(as_module(network), (0.02, 0.98))(x[:, :, None, None], t, {})
     assert (got.reshape(3, 1) - truth(x, t, {})).abs().max() <= 1e-6
 
 

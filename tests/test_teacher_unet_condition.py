@@ -7,6 +7,7 @@ import torch
 from diffusers import EDMEulerScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from latent import (
     PROMPTS,
+    as_module,
     autoencoder,
     ddim,
     exact_epsilon,
@@ -180,7 +181,7 @@ def test_an_oracle_gives_back_its_velocity():
     def network(sample, timestep, encoder_hidden_states, added_cond_kwargs, return_dict):
         return (exact_epsilon(sample, timestep, table),)
 
-    field = NetworkField(network, vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(network), vp(table), "epsilon", 999.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     noise = exact_epsilon(x, 999 * t, table)
     expected = vp(table).convert(x.double(), noise.double(), t.double(), "epsilon", "velocity")

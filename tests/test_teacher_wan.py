@@ -13,6 +13,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    as_module,
     conditions,
     edit,
     exact,
@@ -128,7 +129,7 @@ def test_an_oracle_gives_back_its_velocity():
     def stub(*, hidden_states, timestep, encoder_hidden_states, return_dict):
         return (exact(hidden_states, timestep / 1000),)
 
-    field = NetworkField(stub, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    field = NetworkField(as_module(stub), linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     t = torch.tensor([0.1, 0.9])
     assert (field(NOISE, t, {"encoder_hidden_states": ROWS}) - exact(NOISE, t)).abs().max() <= 1e-6
 

@@ -79,7 +79,7 @@ def test_equals_the_pipeline(tmp_path):
 
 
 def test_an_oracle_gives_back_its_velocity():
-    class Stub:
+    class Stub(torch.nn.Module):
         config = {"in_channels": 4}
 
         def __call__(self, x, t, prompts, *, patch_size, f_patch_size, return_dict):

@@ -20,9 +20,7 @@ from distill.spec.pairspec import MAX_FITTED_STEPS
 if TYPE_CHECKING:
     import torch
 
-    from distill.students.fitted import FittedSolver
-    from distill.students.loaded import LoadedStudent
-    from distill.teachers import LoadedTeacher
+    import distill.teachers
 
 MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of times of the grid
 
@@ -122,7 +120,7 @@ def schedule(
 
 
 def _fit(
-    teacher: "LoadedTeacher",
+    teacher: "distill.teachers.LoadedTeacher",
     steps: int,
     samples: int | None,
     seed: int | None,
@@ -167,21 +165,23 @@ def refuse_schedule(schedule: str, times: str | None, valid: Sequence[str] = ("u
 
 def schedule_along(
     schedule: str, times: Sequence[float] | None, steps: int, store: Path, device: "torch.device"
-) -> "Callable[[LoadedStudent], Sequence[float]] | None":
+) -> "Callable[[distill.students.loaded.LoadedStudent], Sequence[float]] | None":
     """A function that returns the step times for a student; None for its default times.
 
     times: the value of --times. store: where optimal times are stored.
     """
     from distill.students import sampling, step_times
 
-    def find(student: "LoadedStudent") -> Sequence[float]:
+    def find(student: "distill.students.loaded.LoadedStudent") -> Sequence[float]:
         sampling.refuse_other_times(student, "--schedule" if times is None else "--times")
         return step_times.optimal_times(student, store, steps, device) if times is None else times
 
     return None if schedule in ("uniform", kinds.FITTED) and times is None else find
 
 
-def fitted_solver(student: "LoadedStudent", steps: int, store: Path) -> "FittedSolver":
+def fitted_solver(
+    student: "distill.students.loaded.LoadedStudent", steps: int, store: Path
+) -> "distill.students.fitted.FittedSolver":
     """The solver that was fitted to a student. InputError if the store has none."""
     from distill.students import fitted, sampling
 

@@ -19,7 +19,7 @@ from distill.protocols import Cond, LayerOutput, OfImage
 def whole(network: nn.Module, output: LayerOutput, x_t: Tensor, cond: Cond) -> Tensor:
     """The output of a layer, or the first of its outputs."""
     found = output if isinstance(output, Tensor) else output[0]
-    assert found is not None
+    assert isinstance(found, Tensor)
     return found
 
 

@@ -101,7 +101,7 @@ class PairsStage(FrozenModel):
         """The same on the teacher's own grid of linear-path times, which increases if paths are forward."""
         segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
         if self.solver == FITTED:
-            return per_velocity(self.guidance_scale) * (len(t_grid) - 1)
+            return float(per_velocity(self.guidance_scale) * (len(t_grid) - 1))
         solver = DEFAULT_SOLVER if self.solver == AUTO else self.solver
         return self.field_settings.network_calls(solver, t_grid) / segments
 

@@ -247,7 +247,7 @@ class Convention:
         So features depend neither on the padding of a prompt nor on the other rows of the batch.
         """
         features = output if isinstance(output, Tensor) else output[self.image_output]
-        assert features is not None
+        assert isinstance(features, Tensor)
         count = self.image_tokens(network, x_t)
         return features if count is None else features[:, -count:]
 
