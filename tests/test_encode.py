@@ -94,6 +94,16 @@ def test_neither_network_nor_autoencoder_are_loaded_and_a_variant_will_do(capfd,
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_the_same_rows_give_the_same_bytes_each_time(tmp_path):
+    rows, path = {"prompt_embeds": normal(2, 3, 4)}, tmp_path / "rows.safetensors"
+    contents = set()
+    for _ in range(8):  # two metadata keys, in random order, are the same 8 times with a probability of 1/128
+        conditions.write(path, rows, {"prompt_embeds": normal(1, 3, 4)}, "0" * 64, PROMPTS[:2])
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert conditions.read(path).rows.take(torch.tensor([1]))["prompt_embeds"].equal(rows["prompt_embeds"][1:])
+
+
 class OfTheirLengths(Flux):
     """A convention whose rows are as long as the longest prompt of a batch."""
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,9 +135,9 @@ def test_an_extracted_lora_is_no_complete_pipeline_and_keeps_its_guidance(place,
     update = {"pipeline": "FluxPipeline", "size": [16, 24], "dtype": "bfloat16"}
     students.relist(folder, student_card.read(folder).model_copy(update=update))
     proved = []
-    monkeypatch.setattr(lora_verify, "prove", lambda new, **given: proved.append(given["teacher"]))
+    monkeypatch.setattr(lora_verify, "prove", lambda new, **given: proved.append(given["init"].packaging))
     extracting.extract(folder, place, [2], tmp_path / "out", samples=1, seed=0, device=CPU)
-    assert [spec.embedded_guidance for spec in proved] == [2.5]
+    assert [(each.embedded_guidance, each.folder) for each in proved] == [(2.5, Path(place.path))]
     card = student_card.verify(tmp_path / "out" / "rank-2")
     assert (card.pipeline, card.size, card.dtype, card.embedded_guidance) == ("", [], "", 2.5)
     text = (tmp_path / "out" / "rank-2" / "README.md").read_text()
@@ -227,14 +228,18 @@ def test_an_export_reads_the_weights_that_are_there():
 # --- the base, with which the files of a LoRA are checked ---
 
 
-def test_the_base_of_a_hub_id_is_read_where_it_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(by_id, "cached_folder", lambda name, revision: tmp_path if name == "org/name" else None)
-    (tmp_path / "part").mkdir()
-    assert lora_verify._unchanged(CheckpointTeacher(path="org/name")) == tmp_path
-    assert lora_verify._unchanged(CheckpointTeacher(path="org/name", subfolder="part")) == tmp_path / "part"
-    assert lora_verify._unchanged(CheckpointTeacher(path=str(tmp_path))) == tmp_path
-    for changed in ({"path": "org/other"}, {"path": "org/name", "lora": "x"}, {"path": "org/name", "variant": "fp16"}):
-        assert lora_verify._unchanged(CheckpointTeacher(**changed)) is None
+def test_the_base_is_read_where_it_is_if_its_weights_are_unchanged(monkeypatch, place, tmp_path):
+    stored = Path(place.path)
+    assert loaded(place).packaging.folder == stored
+    monkeypatch.setattr(by_id, "snapshot", lambda spec, **given: stored)
+    assert loaded(place, path="org/name").packaging.folder == stored
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    single = {"path": str(stored / weights), "config": str(stored)}
+    student = full(tmp_path / "student", loaded(place))
+    variant = shutil.copytree(stored, tmp_path / "variant")
+    (variant / weights).rename(variant / weights.replace("model.", "model.fp16."))
+    for changed in (single, {"path": str(student), "size": [32, 48]}, {"path": str(variant), "variant": "fp16"}):
+        assert loaded(place, **changed).packaging.folder is None
 
 
 def test_other_bases_are_written_beside_the_student(place, tmp_path, monkeypatch):

@@ -298,18 +298,17 @@ def _export(
     load_own(student, tensors)
     del tensors  # the export needs memory
     card = training.card.model_copy(update={"weights": weights, "images": images})
-    export(merged(role, student), folder, card, training.init.packaging, _proof(work, stage, training.init, student))
+    export(merged(role, student), folder, card, training.init.packaging, _proof(stage, training.init, student))
 
 
-def _proof(work: Work, stage: TrainStage, init: StudentInit, student: nn.Module) -> Callable[[Path], object] | None:
+def _proof(stage: TrainStage, init: StudentInit, student: nn.Module) -> Callable[[Path], object] | None:
     """For a LoRA student: what loads its files again as others do."""
     if "student" not in stage.lora:
         return None
     from distill.students import lora_verify  # imports PEFT, which takes seconds
 
     say("loading the LoRA files again, in a process that cannot import distill")
-    own = stage.teacher is None  # else the base may be that of a student
-    return partial(lora_verify.prove, student=student, init=init, teacher=work.spec.teacher if own else None)
+    return partial(lora_verify.prove, student=student, init=init)
 
 
 def say_measured(run: RunPaths, found: results.Results, student: str) -> None:

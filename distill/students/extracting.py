@@ -122,7 +122,7 @@ def extract(
                 described = card.model_copy(update={"lora": facts, "base_digest": base.base_digest, "metrics": {}})
                 adapted = _with_adapters(base, lora, student)
                 init = StudentInit(base, None, base.shape, base.num_classes, 0, base)
-                prove = partial(lora_verify.prove, student=adapted, init=init, teacher=spec)
+                prove = partial(lora_verify.prove, student=adapted, init=init)
                 export(adapted, place, described, base.packaging, prove)
                 size = sum(each.stat().st_size for each in place.rglob(lora_weights.FILE))
                 rows.append(row(rank, size, change.kept(rank)))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
+from distill.flow.tensor_bytes import in_safetensors
 from distill.students import native
 from distill.students.comfy_keys import KeyList, key_list, matches
-from distill.students.lora_weights import LoraLayer, LoraWeights, content, in_safetensors, pair, rows_of
+from distill.students.lora_weights import LoraLayer, LoraWeights, content, pair, rows_of
 from distill.students.native import FIRST, SECOND
 from distill.teachers.lora import number
 from distill.teachers.read import short

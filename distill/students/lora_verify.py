@@ -1,6 +1,6 @@
 """Loads the files of a LoRA student where this project cannot be imported, before an export says success.
 
-    export(student, folder, card, packaging, lambda new: lora_verify.prove(new, student, init, teacher_spec))
+    export(student, folder, card, packaging, lambda new: lora_verify.prove(new, student, init))
 
 A file can load nothing without an error, so all layers must be there, and the output of the network must change.
 """
@@ -26,7 +26,6 @@ from distill.networks.experts import Experts
 from distill.networks.sharing import main_dtype
 from distill.networks.two_times import TwoTimes
 from distill.protocols import Cond
-from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import isolated, lora_program, native
 from distill.students.comfy_keys import key_list
 from distill.students.init import StudentInit
@@ -34,7 +33,7 @@ from distill.students.lora_comfy import ENDINGS, changed_layers, read_comfy, why
 from distill.students.lora_folder import COMFY
 from distill.students.lora_weights import FILE_2, LoraWeights, from_network, needs_peft
 from distill.students.native import NativeStudent
-from distill.teachers import by_id, checkpoint, layout
+from distill.teachers import checkpoint, layout
 
 STORED = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 TEMPORARY = "base-of-lora"  # name of a folder that is hidden beside the student while its files are checked
@@ -56,34 +55,21 @@ class LoraProof:
     comfyui: str = ""
 
 
-def prove(folder: Path, student: NativeStudent, init: StudentInit, teacher: TeacherSpec | None) -> LoraProof:
+def prove(folder: Path, student: NativeStudent, init: StudentInit) -> LoraProof:
     """`verify` for the folder of a LoRA student, as `lora_folder` writes it.
 
-    init: what made the student. teacher: the spec of its teacher, if there is one.
+    init: what made the student.
     """
-    given = init.conditioning
+    given, packaging = init.conditioning, init.packaging
     return verify(
         folder,
         student,
         init.shape,
         {} if given.count is None else given.collate(torch.zeros(1, dtype=torch.int64)),
         comfyui=sorted((folder / COMFY).glob("*.safetensors")),
-        base=_unchanged(teacher),
-        pipeline="" if init.packaging is None else init.packaging.pipeline,
+        base=None if packaging is None else packaging.folder,
+        pipeline="" if packaging is None else packaging.pipeline,
     )
-
-
-def _unchanged(spec: TeacherSpec | None) -> Path | None:
-    """The folder of a teacher's pipeline, if its network has the weights that are stored there.
-
-    That of a hub id is in the hub's cache.
-    """
-    if not isinstance(spec, CheckpointTeacher) or spec.lora or spec.variant:
-        return None
-    folder: Path | None = Path(spec.path)
-    if not Path(spec.path).exists() and spec.is_of_hub:
-        folder = by_id.cached_folder(spec.path, spec.revision)
-    return folder / (spec.subfolder or "") if folder is not None and folder.is_dir() else None
 
 
 def verify(

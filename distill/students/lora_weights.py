@@ -24,12 +24,12 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft.tuners.lora import LoraLayer as PeftLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
+from distill.flow.tensor_bytes import in_safetensors
 from distill.networks.adapters import adaptable
 from distill.students import native
 from distill.students.native import FIRST, SECOND
@@ -201,16 +201,6 @@ def read_diffusers(path: Path) -> LoraWeights:
 def file_of(folder: Path, component: str) -> Path:
     """The file of a LoRA for the network in this folder of a pipeline."""
     return folder / (FILE_2 if component == SECOND else FILE)
-
-
-def in_safetensors(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    """A safetensors file whose bytes depend on the content alone: the library writes its header in random order."""
-    content = save({name: each.contiguous() for name, each in tensors.items()})
-    length = int.from_bytes(content[:8], "little")
-    entries = {"__metadata__": dict(sorted(header.items())), **json.loads(content[8 : 8 + length])}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]))
 
 
 def _settings(layers: Mapping[str, LoraLayer]) -> dict[str, object]:

@@ -233,7 +233,9 @@ def _packaging(spec: CheckpointTeacher, parts: files.Parts, facts: Facts, condit
     constants = conditioning.constants if isinstance(conditioning, ConditionTable) else {}
     if isinstance(convention, Convention) and "guidance" in constants:
         embedded = convention.embedded_guidance if spec.embedded_guidance is None else spec.embedded_guidance
-    return Packaging(parts.pipeline_class, _scheduler(spec, facts.schedule, facts.chosen), options, embedded)
+    changed = parts.is_student or parts.single is not None or bool(spec.lora or spec.variant)
+    folder = None if changed else parts.pipeline
+    return Packaging(parts.pipeline_class, _scheduler(spec, facts.schedule, facts.chosen), options, embedded, folder)
 
 
 def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path | None) -> Config:

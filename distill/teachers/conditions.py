@@ -17,7 +17,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from distill.core import file_checksums
@@ -28,6 +27,7 @@ from distill.core.text import one_line
 from distill.flow.conditioning import ConditionRows
 from distill.flow.draws import sample_noise
 from distill.flow.mapped import NPY, MappedArray, MappedRows, arrays
+from distill.flow.tensor_bytes import in_safetensors
 from distill.shards import manifest
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.teachers.read import short, unreadable
@@ -293,4 +293,4 @@ def write(
     known = {ENCODER: encoder} if encoder else {}
     if prompts:
         known[PROMPTS] = json.dumps(captions(prompts))
-    write_atomic(path, save(tensors, known or None))
+    write_atomic(path, in_safetensors(tensors, known))

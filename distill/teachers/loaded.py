@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as new_field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Packaging:
     scheduler: Mapping[str, Any]  # content of the scheduler config
     options: Mapping[str, Any] = new_field(default_factory=dict)  # of the pipeline class, as in model_index.json
     embedded_guidance: float | None = None  # that the network gets as an input; None: none, or one for each condition
+    folder: Path | None = None  # of the pipeline, if the network has the weights that are stored there
 
 
 @dataclass(frozen=True)
