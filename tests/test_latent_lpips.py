@@ -132,7 +132,7 @@ def test_options_without_effect_are_refused(trunk, lpips_options):
     for where in ("pixels", "latents"):
         options = {"lpips_trunk": "vgg", "lpips_path": trunk, "lpips_on": where}
         with pytest.raises(InputError, match=f"lpips_on={where} has no effect, because the teacher has no autoencoder"):
-            LpipsOptions(**options).codec_of(exact.teacher(None, (3, 32, 32)), "remove it")
+            LpipsOptions(**options).codec_of(exact.teacher(exact.FIELD, (3, 32, 32)), "remove it")
     with pytest.raises(ValidationError, match="lpips_on: no effect without lpips_trunk; give it, or remove them"):
         caf.Config(lpips_on="pixels")
 
@@ -211,7 +211,7 @@ def test_gradients_flow_through_the_decoder_to_the_prediction(teacher, lpips_opt
 def test_vectors_and_videos_have_no_lpips(lpips_options, tmp_path):
     config = caf.Config(**lpips_options)
     with pytest.raises(InputError, match=r"LPIPS compares images, but samples have shape \[3\]; remove it"):
-        config.codec_of(exact.teacher(None), "remove it")
+        config.codec_of(exact.teacher(exact.FIELD), "remove it")
     codec = LatentCodec.of(write(tmp_path / "vae", autoencoder()))
     with pytest.raises(InputError, match=r"LPIPS compares images, but samples have shape \[3, 2, 16, 16\]; remove it"):
         config.check_shape((4, 2, 8, 8), "remove it", codec)

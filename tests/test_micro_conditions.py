@@ -3,9 +3,9 @@
 A row of sizes: height and width of the original image, top and left of the crop, height and width of the sample.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_teacher_cogview4 as cogview4
@@ -24,9 +24,12 @@ from distill.flow.draws import Rows, StepDraw
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear
 from distill.flow.solvers import integrate
+from distill.protocols import Batch
 from distill.runs.run_store import RunPaths
 from distill.spec import registry
 from distill.spec.model import ImagesData, TrainStage
+from distill.testing import exact
+from distill.training.engine import StepContext
 
 SIZES = torch.tensor([[640, 480, 3, 5, 16, 24], [16, 24, 0, 0, 16, 24]])
 
@@ -203,6 +206,20 @@ class Recorder(nn.Module):
         return self.scale * x_t
 
 
+@dataclass(frozen=True)
+class OfTable(exact.Given):
+    """Networks that take the conditions of a table."""
+
+    table: ConditionTable | None = None
+
+    @property
+    def conditioning(self):
+        return self.table
+
+    def null(self, cond):
+        return self.table.null(cond)
+
+
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
@@ -220,14 +237,14 @@ def test_dropped_rows_get_the_null_row_of_every_field_and_keep_their_sizes(recip
     student, teacher = Recorder(), Recorder()
     module = registry.load(recipe, Path("x"))
     config = registry.configure(recipe, module, options, "options")
-    made = module.Recipe(config, SimpleNamespace(guided=lambda scale: teacher))
-    made.networks(SimpleNamespace(num_classes=5, conditioning=given, null=given.null, velocity_field=lambda: student))
+    made = module.Recipe(config, replace(exact.teacher(teacher, (1, 2, 2)), given=given))
+    made.networks(OfTable(student, num_classes=5, table=given))
     sizes, indices = torch.arange(48).reshape(8, 6), torch.arange(8) % 5
     cond = given.collate(indices, sizes)
     draw = StepDraw(0, 3, 0, Rows(0, 8, 8))
     (turn,) = made.turns(3, 0)
-    batch = SimpleNamespace(data=normal(8, 1, 2, 2), cond=cond)
-    turn.loss({"student": student}, batch, SimpleNamespace(draw=draw, step=3, images=0, carry={}))
+    batch = Batch(normal(8, 1, 2, 2), None, cond)
+    turn.loss({"student": student}, batch, StepContext(3, 0, draw, {}))
     dropped = draw.uniform("dropped", batch.data) < 0.5
     assert 0 < dropped.sum() < 8
     (seen,) = student.seen

@@ -86,7 +86,7 @@ def test_velocities_that_are_polynomials_of_time_are_integrated_exactly(name, de
     times = [0.9, 0.75, 0.5, 0.2]  # steps of different lengths
     past = [(torch.full_like(x, t**degree), t) for t in reversed(times[2 - degree : 2])]
     at = Step(times[2], times[3], past, left=1, to_data=False)
-    found = solver.step(None, x, torch.full_like(x, times[2] ** degree), at)
+    found = solver.step(FieldOde(FIELD, {}), x, torch.full_like(x, times[2] ** degree), at)
     assert found.item() == pytest.approx((0.2 ** (degree + 1) - 0.5 ** (degree + 1)) / (degree + 1), abs=1e-15)
 
 

@@ -5,7 +5,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from distill.data import indexed
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, stages, train_stage
+from distill.flow.codecs import Pixels
 from distill.flow.draws import Rows
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
@@ -163,12 +163,12 @@ def test_the_time_of_encoding_is_no_time_of_waiting(tmp_path, begun, monkeypatch
     """More workers would not make it shorter, since they do not encode."""
     clock = [0.0]
 
-    def encode(pixels):
-        clock[0] += 100
-        return pixels[..., ::2, ::2]
+    class Halves(Pixels):
+        def encode(self, pixels):
+            clock[0] += 100
+            return pixels[..., ::2, ::2]
 
-    codec = SimpleNamespace(is_identity=False, digest="", encode=encode)
-    monkeypatch.setattr(train_stage, "codec_of", lambda data, own: codec)
+    monkeypatch.setattr(train_stage, "codec_of", lambda data, own: Halves(is_identity=False))
     monkeypatch.setattr(loading.time, "perf_counter", lambda: clock[0])
     given, run = spec(None, {"kind": "digits"}, teach=TEACH), RunPaths(tmp_path / "r")
     run.root.mkdir()
