@@ -350,12 +350,12 @@ def test_an_evaluation_decodes_the_latents(teacher, tmp_path, capfd, monkeypatch
     save(tmp_path / "z.npy", codec.encode(normal(12, 3, 16, 16).tanh()))
     save(tmp_path / "ids.npy", torch.arange(12) % 3)
     real = loaded(tmp_path / "z.npy", labels=str(tmp_path / "ids.npy"))
-    found = measuring.of_data(real, codec, tmp_path, CPU)
+    found = measuring.of_images(measuring.pixels_of(real, codec, CPU), tmp_path)
     images = ArrayData("z", codec.decode(real.items(0, range(12)).samples).clamp(-1, 1), torch.arange(12) % 3, 3)
     assert found.name == "FD-z" and found.values.shape == (12, 64)
     assert found.measure(found.embed(images.items(0, range(12)).samples))["precision"] == 1.0
     assert capfd.readouterr().err == ""
-    assert measuring.of_data(real, PIXELS, tmp_path, CPU) is None
+    assert measuring.pixels_of(real, PIXELS, CPU) is None
     assert capfd.readouterr().err == (
         "note: data 'z' has latents, which the teacher has no autoencoder to decode: samples are compared with those "
         "of the teacher only\n"

@@ -121,6 +121,13 @@ def evaluate(
     times: Annotated[str | None, typer.Option(help="Also measure at these step times, like 1,0.6,0.")] = None,
     prompt: PromptOption = None,
     prompts: PromptsOption = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure with these functions of images and prompts, like my_metrics:clip,my_metrics:dino. "
+            "They return scores or features."
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Samples per row of the table; by default 2500, or 256 of latents.")
     ] = None,
@@ -140,7 +147,8 @@ def evaluate(
     counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
     size = {**(LATENTS if card.is_native else {"samples": 2500}), **({} if samples is None else {"samples": samples})}
-    content = {"kind": "evaluate", "students": {"student": counts}, "baselines": named, **size}
+    functions = [] if metrics is None else [each.strip() for each in metrics.split(",")]
+    content = {"kind": "evaluate", "students": {"student": counts}, "baselines": named, "metrics": functions, **size}
     refuse_schedule(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else arguments.times("--times", times)]
@@ -178,7 +186,7 @@ def evaluate(
         real = load_data(data_spec, seed)
         found = measuring.measure(
             out, "eval", stage, loaded, students, real,
-            seed=seed, device=place, progress=progress, stop=stop, store=runs,
+            seed=seed, device=place, progress=progress, stop=stop, store=runs, prompts=texts or None,
         )  # fmt: skip
     if json:
         print_json(found.model_dump(mode="json"))

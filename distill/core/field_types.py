@@ -33,6 +33,12 @@ def _variant(text: str) -> str:
     return text
 
 
+def _function(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", text):
+        raise PydanticCustomError("other_form", "no function", {"valid": "a function as module:function"})
+    return text
+
+
 LINE = 1000  # characters
 Line = Annotated[str, Field(max_length=LINE), AfterValidator(_one_line)]
 """Text that may be inserted into a script, a log or a message, where a line break would start a new line."""
@@ -42,6 +48,7 @@ Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 VariantName = Annotated[str, AfterValidator(_variant)]
+FunctionName = Annotated[str, Field(max_length=LINE), AfterValidator(_function)]
 Below = Annotated[str, AfterValidator(_below)]
 """A relative path that stays below its folder."""
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]

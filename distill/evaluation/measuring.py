@@ -7,28 +7,25 @@ everything that its values depend on. So a process that is killed loses only one
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.core.atomic import write_atomic, write_json
-from distill.core.errors import InputError, RunError
-from distill.core.png import is_png
-from distill.core.records import read_json, read_small
+from distill.core.errors import InputError
+from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.data.encoded import sample_shape, scaled_for
-from distill.evaluation import decoded, row_plans
+from distill.evaluation import decoded, judging, row_plans, shared_rows
+from distill.evaluation.judging import Judges
 from distill.evaluation.metrics.manifold import NEIGHBOURS
-from distill.evaluation.metrics.reference import Reference, of_data, of_exact
+from distill.evaluation.metrics.reference import Reference, of_exact, of_images, pixels_of
 from distill.evaluation.pictures import REPORT_PIXELS, columns_for, images_png, scatter_png
 from distill.evaluation.row_plans import Plan, fine_plan, shortest
 from distill.flow import dopri5
@@ -39,7 +36,7 @@ from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
-from distill.runs.results import FILE_NAME, PICTURE_BYTES, Results, Row
+from distill.runs.results import FILE_NAME, Results, Row
 from distill.runs.run_store import RunPaths
 from distill.spec.kinds import per_velocity
 from distill.spec.model import EvaluateStage, TeacherSpec
@@ -105,6 +102,7 @@ def measure(
     stop: StopRequest,
     store: Path,
     exact: Callable[[int, Sequence[int]], Tensor] | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Results:
     """Measure every row of `stage`; writes results.json, rows and pictures to `folder`. Finished rows are reused.
 
@@ -112,8 +110,13 @@ def measure(
 
     store: folder with step times, fitted solvers, and rows of teachers for other evaluations.
     exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
+    prompts: of the teacher's conditions, for the stage's metrics; None: those of the data.
     """
     _check(stage, teacher, students, data)
+    pixels = None if data is None else pixels_of(scaled_for(data, teacher.codec), teacher.codec, device)
+    if prompts is None and data is not None:
+        prompts = data.prompts
+    judges = judging.of_stage(stage, teacher, pixels, prompts, device)
     try:
         for part in ("rows", "pictures"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -121,10 +124,10 @@ def measure(
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
     exact = exact or teacher.exact_data
     if data is not None:
-        reference = of_data(scaled_for(data, teacher.codec), teacher.codec, folder, device)
+        reference = None if pixels is None else of_images(pixels, folder)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
-    work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)
+    work = _Work(folder, stage, teacher, students, reference, judges, seed, device, progress, stop, store)
     plans = row_plans.plans(stage, teacher, students, store, device)
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
@@ -144,6 +147,7 @@ def measure(
         floor=reference.floor if reference else None,
         vector=len(teacher.shape) == 1,
         latents=not teacher.codec.is_identity,
+        real=judges.of_real() if judges else {},
         captions=list(teacher.conditioning.prompts) if isinstance(teacher.conditioning, ConditionTable) else [],
         rows=rows,
     )
@@ -192,6 +196,7 @@ class _Work:
     teacher: LoadedTeacher
     students: Mapping[str, LoadedStudent]
     reference: Reference | None
+    judges: Judges | None
     seed: int
     device: torch.device
     progress: Progress
@@ -266,7 +271,7 @@ class _Work:
         samples, (steps, nfe, most) = made.samples, self._cost(plan, made.calls)
         columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
         count = PICTURE_POINTS if samples.ndim == 2 else columns * PICTURE_ROWS
-        found = decoded.seen(samples, self.teacher.codec, self.reference, count, self.device)
+        found = decoded.seen(samples, self.teacher.codec, self.reference, self.judges, count, self.device)
         laws = self.reference.measure(found.features) if self.reference and found.features is not None else {}
         picture = self._picture_name(plan)
         write_atomic(self.folder / picture, self._picture(found.first, columns))
@@ -283,46 +288,27 @@ class _Work:
             kid=laws.get("kid"),
             precision=laws.get("precision"),
             recall=laws.get("recall"),
+            metrics=self.judges.summary(found.judged) if self.judges else {},
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / made.seconds,
             straightness=self._straightness(plan),
             transport=self._transport(samples),
             picture=picture,
         )
-        content = {"key": self._key(plan), "row": row.model_dump(mode="json")}
-        write_json(self._path(plan), content)
+        write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
         if plan.is_shared:
-            self._share(plan, content)
+            shared_rows.share(self.store, self.device, self._key(plan), row, (self.folder / picture).read_bytes())
         return row
-
-    def _shared_path(self, plan: Plan) -> Path:
-        """Where the store keeps a row of the teacher for other evaluations, and its picture beside it."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.node()
-        key = hashlib.sha256(f"{self._key(plan)} {device}".encode()).hexdigest()  # the speed is that of the device
-        return self.store / "baselines" / f"{key[:32]}.json"
-
-    def _share(self, plan: Plan, content: Mapping[str, object]) -> None:
-        path = self._shared_path(plan)
-        with suppress(OSError, RunError):  # without it, other evaluations measure the row again
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path.with_suffix(".png"), (self.folder / self._picture_name(plan)).read_bytes())
-            write_json(path, content)
 
     def _shared(self, plan: Plan) -> Row | None:
         """The row of the teacher that another evaluation measured under the same conditions; None if there is none."""
-        path = self._shared_path(plan)
-        if not plan.is_shared or not path.exists():
+        if not plan.is_shared or (found := shared_rows.find(self.store, self.device, self._key(plan))) is None:
             return None
-        try:
-            content, picture = read_json(path), read_small(path.with_suffix(".png"), PICTURE_BYTES)
-            row, key = Row.model_validate(content["row"]), content["key"]
-        except (OSError, InputError, KeyError, TypeError, ValidationError):
-            return None  # damaged: it is measured again
-        if key != self._key(plan) or row.picture != self._picture_name(plan) or not is_png(picture):
+        if found.row.picture != self._picture_name(plan):
             return None
-        write_atomic(self.folder / row.picture, picture)
-        write_json(self._path(plan), content)
-        return row
+        write_atomic(self.folder / found.row.picture, found.picture)
+        write_json(self._path(plan), {"key": self._key(plan), "row": found.row.model_dump(mode="json")})
+        return found.row
 
     def _cost(self, plan: Plan, calls: Tensor | None) -> tuple[int, int, int | None]:
         """Steps and network calls per sample, rounded up if they are means, and then also the most calls."""
@@ -388,6 +374,7 @@ class _Work:
         facts += [reference.identity if reference else None]
         facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
         facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
+        facts += [self.judges.identity] if self.judges else []
         facts += [stage.fine_tolerance] if stage.fine_tolerance is not None else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -116,6 +116,10 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
             from distill.evaluation import measuring
 
             measuring.refuse_few(data)
+        for metric in stage.metrics if isinstance(stage, EvaluateStage) else []:
+            from distill.evaluation.metrics import own
+
+            own.load(metric)
     measured = any(isinstance(stage, EvaluateStage) for stage in spec.stages.values())
     encodes = data is not None and not data.encoded
     if teacher is not None and isinstance(teacher.codec, LatentCodec) and (measured or encodes):

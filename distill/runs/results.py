@@ -53,6 +53,8 @@ class Row(FrozenModel):
     """KID of the features divided by the root mean square of the real features"""
     precision: BoundedNumber | None
     recall: BoundedNumber | None
+    metrics: dict[Line, BoundedNumber] = {}
+    """what the metrics of the user found, by column"""
     rms: BoundedNumber
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
@@ -111,6 +113,8 @@ class Results(FrozenModel):
     vector: bool
     latents: bool = False
     """whether samples are latents, which `rms` and `transport` compare; pixels are decoded for the rest"""
+    real: dict[Line, BoundedNumber] = {}
+    """the scores of real images by the metrics of the user"""
     captions: Annotated[list[Line], Field(max_length=1000)] = []
     """the prompts of the first pictures, which samples use in turn; empty: there are none, or they are not known"""
     rows: list[Row] = Field(min_length=1, max_length=10_000)
@@ -161,7 +165,8 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
     for row in results.usual:
         if row.role == "student" and row.network == student and not row.fine:
             columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
-                       "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
+                       "recall": row.recall, **row.metrics, "rms": row.rms,
+                       "straightness": row.straightness}  # fmt: skip
             base = results.baseline(row)
             if base is not None:
                 columns[f"{BASELINE} {results.distance or 'rms'}"] = base.value
@@ -222,7 +227,14 @@ def columns(results: Results) -> list[str]:
     """Column titles for `cells`, in the same order."""
     distance = [results.distance, "KID x 1000", "precision", "recall"] if results.distance else []
     baseline = [BASELINE] if _has_baselines(results) else []
-    return ["NFE", *distance, "RMS to teacher", *baseline, "samples/s" if results.vector else "images/s"]
+    return [
+        "NFE",
+        *distance,
+        *_own(results),
+        "RMS to teacher",
+        *baseline,
+        "samples/s" if results.vector else "images/s",
+    ]
 
 
 def cells(results: Results, row: Row) -> list[str]:
@@ -235,7 +247,13 @@ def cells(results: Results, row: Row) -> list[str]:
         base = results.baseline(row) if row.role == "student" and not row.fine else None
         baseline = ["-" if base is None else f"{value(results, base)} {base.solver}"]
     nfe = f"{row.nfe}" if row.most_calls is None else f"{row.nfe} (at most {row.most_calls})"
-    return [nfe, *measured, f"{row.rms:.4f}", *baseline, f"{row.images_per_second:,.0f}"]
+    own = [number(row.metrics[name]) if name in row.metrics else "-" for name in _own(results)]
+    return [nfe, *measured, *own, f"{row.rms:.4f}", *baseline, f"{row.images_per_second:,.0f}"]
+
+
+def _own(results: Results) -> list[str]:
+    """The columns of the user's metrics."""
+    return list(dict.fromkeys(name for row in results.rows for name in row.metrics))
 
 
 def value(results: Results, row: Row) -> str:
@@ -278,6 +296,8 @@ def describe(results: Results) -> str:
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples")
         if results.floor is not None:
             said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
+    if results.real:
+        said.append("Real images: " + ", ".join(f"{name} {number(score)}" for name, score in results.real.items()))
     if results.latents:
         said.append("RMS to teacher: of the latents")
     if _has_baselines(results):

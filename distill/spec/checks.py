@@ -321,6 +321,12 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
     for solver in dict.fromkeys(each for each in stage.baselines if stage.baselines.count(each) > 1):
         yield f"{where}.baselines: '{solver}' is listed twice"
+    functions = [each.partition(":")[2] for each in stage.metrics]
+    for name in dict.fromkeys(each for each in functions if functions.count(each) > 1):
+        yield f"{where}.metrics: two functions are named '{name}', which names their columns; rename one"
+    for name in stage.medians:
+        if name not in functions:
+            yield f"{where}.medians: '{name}' is not in {where}.metrics; {suggest(name, functions)}"
     for network, ways in stage.times.items():
         here = f"{where}.times.{network}"
         if network not in ("teacher", *stage.students):

@@ -11,6 +11,7 @@ from distill.core.field_types import (
     MAX_SAMPLES,
     Fraction,
     FrozenModel,
+    FunctionName,
     Name,
     PairCount,
     Samples,
@@ -167,6 +168,11 @@ class EvaluateStage(FrozenModel):
     """another form of guidance, or guidance at some times only; null: classifier-free guidance at all times"""
     epsilon_scale: EpsilonScale = 1.0
     """divide the teacher's noise predictions by this, like 1.005 (epsilon scaling); 1: leave them"""
+    metrics: list[FunctionName] = []
+    """also measure with functions of your own, each as module:function: of images and prompts, that return scores or
+    features; see distill/evaluation/metrics/own.py"""
+    medians: list[Name] = []
+    """functions in metrics of whose scores the median is shown, not the mean; without the module"""
 
     @property
     def field_settings(self) -> FieldSettings:

@@ -46,12 +46,8 @@ class Reference:
         return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
 
 
-def of_data(data: DataSet, codec: Codec, folder: Path, device: torch.device) -> Reference | None:
-    """The reference for samples that `codec` has decoded. None: samples are compared with those of the teacher only.
-
-    This is so for videos and vectors, which have no features, and for latents that no autoencoder can decode. Other
-    latents are decoded on `device`.
-    """
+def pixels_of(data: DataSet, codec: Codec, device: torch.device) -> DataSet | None:
+    """The data as images, which `codec` decodes on `device` if they are latents. None: they cannot be decoded."""
     if data.encoded and codec.is_identity and len(data.shape) == 3:
         say_error(
             f"note: data '{data.name}' has latents, which the teacher has no autoencoder to decode: samples are "
@@ -59,7 +55,7 @@ def of_data(data: DataSet, codec: Codec, folder: Path, device: torch.device) -> 
         )
         return None
     pixels = DecodedData(data, codec, device) if data.encoded else data
-    return of_images(pixels, folder) if len(pixels.shape) == 3 else None
+    return pixels if len(pixels.shape) == 3 else None  # videos and vectors have no features
 
 
 def of_images(data: DataSet, folder: Path) -> Reference:

@@ -1,0 +1,73 @@
+"""Metrics of the user: a function of images and their prompts, which a spec names as module:function.
+
+    def brightness(images, prompts):
+        return images.mean((1, 2, 3))
+
+images: [B, 3, H, W] float32 in [-1, 1], on the device of the evaluation. prompts: B texts; of networks with classes,
+the class ids as text; of others, empty. It returns one score for each image, [B], or features of each, [B, D]. Of
+scores, the mean or the median is shown. Features are compared with those of real images.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from distill.core.errors import InputError, RunError
+from distill.core.importing import Importing
+from distill.core.text import suggest
+
+
+@dataclass(frozen=True)
+class OwnMetric:
+    """A function of the user. name: of its columns in tables. digest: SHA-256 of the file with the function."""
+
+    name: str
+    statistic: Literal["mean", "median"]
+    function: Callable[[Tensor, Sequence[str]], Tensor]
+    digest: str
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images [B, C, H, W] -> [B] scores or [B, D] features, on the CPU. RunError if they are something else."""
+        found: object = self.function(images, prompts)
+        if isinstance(found, Tensor):
+            fits = found.ndim in (1, 2) and len(found) == len(images) and found.is_floating_point()
+            if fits and bool(found.isfinite().all()):
+                return found.detach().float().cpu()
+            what = f"a tensor {list(found.shape)} {str(found.dtype).removeprefix('torch.')}"
+            what += " with NaN or infinity" if fits else ""
+        else:
+            what = f"a {type(found).__name__}"
+        raise RunError(
+            f"the metric {self.name} returned {what} for {len(images)} images; it must return finite floating-point "
+            f"numbers, a tensor [{len(images)}] or [{len(images)}, D]"
+        )
+
+
+def load(asked: str, medians: Sequence[str] = ()) -> OwnMetric:
+    """Imports module:function. InputError if the module cannot be imported, or has no such function.
+
+    medians: names of functions of whose scores the median is shown.
+    """
+    module_name, _, name = asked.partition(":")
+    what = f"metrics: {asked}"
+    with Importing(what, Path(f"{module_name.replace('.', '/')}.py")):
+        found = find_spec(module_name)
+    if found is None or found.origin is None:
+        raise InputError(
+            f"{what}: there is no module {module_name}; install it, or put its folder into the environment variable "
+            "PYTHONPATH"
+        )
+    path = Path(found.origin)
+    with Importing(what, path):
+        module = importlib.import_module(module_name)
+    function = vars(module).get(name)
+    if not callable(function):
+        functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise InputError(f"{what}: {path} has no function {name}; {suggest(name, functions)}")
+    return OwnMetric(name, "median" if name in medians else "mean", function, sha256(path.read_bytes()).hexdigest())

@@ -1,0 +1,213 @@
+"""Metrics of the user: functions of images and prompts, whose scores and features an evaluation shows."""
+
+import io
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_evaluate import card, go
+
+from distill.cli import arguments
+from distill.core.errors import InputError, RunError
+from distill.data import load_data
+from distill.evaluation import judging
+from distill.evaluation.metrics import features
+from distill.evaluation.metrics.frechet import frechet
+from distill.flow.conditioning import ConditionTable, HeldRows
+from distill.flow.draws import permutation, sample_labels, sample_noise
+from distill.flow.times import uniform_grid
+from distill.networks.architectures import build
+from distill.networks.velocity import VelocityStudent
+from distill.runs import results
+from distill.runs.run_store import RunPaths
+from distill.spec import checks
+from distill.spec.model import RunSpec, UNetSpec
+from distill.spec.samplingspec import EvaluateStage
+from distill.students import sampling
+from distill.students.exporting import export
+from distill.students.loaded import load_student
+from distill.testing import exact
+
+CPU = torch.device("cpu")
+SOURCE = '''
+import torch
+
+def brightness(images, prompts):
+    assert images.shape[1:] == (1, 8, 8) and images.abs().max() <= 1
+    return images.mean((1, 2, 3))
+
+def label(images, prompts):
+    return torch.tensor([float(each) for each in prompts])
+
+def halves(images, prompts):
+    """The mean of the upper and of the lower half."""
+    return torch.stack([images[:, 0, :4].mean((1, 2)), images[:, 0, 4:].mean((1, 2))], 1)
+
+def whole(images, prompts):
+    return torch.ones(len(images), dtype=torch.int64)
+
+def infinite(images, prompts):
+    return torch.full((len(images),), torch.inf)
+
+def text(images, prompts):
+    return "good"
+
+number = 3
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module with metrics."""
+    (tmp_path / "some_metrics.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "some_metrics"
+    sys.modules.pop("some_metrics", None)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run with untrained networks of digits, as teacher and as student."""
+    run = RunPaths(tmp_path_factory.mktemp("images") / "r")
+    for seed, name in enumerate(("teach", "student")):
+        network = build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), 10, seed)
+        export(VelocityStudent(network), run.student(name), card((1, 8, 8), 10))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "TRAIN_IMAGES", 256)
+        yield run
+
+
+def spec(*metrics, **changes) -> RunSpec:
+    stage = {
+        "kind": "evaluate", "teacher": "teach", "students": {"student": [1]}, "teacher_steps": [], "fine_steps": 2,
+        "samples": 70, "block": 32, "baselines": [], "metrics": list(metrics), **changes,
+    }  # fmt: skip
+    return RunSpec.model_validate({"name": "r", "data": {"kind": "digits"}, "stages": {"evaluate": stage}})
+
+
+def made(run, seed):
+    """The student's samples."""
+    student, numbers = load_student(run.student("student"), CPU), range(70)
+    cond = {"class_labels": sample_labels(numbers, 10)}
+    method = sampling.of_student(student, uniform_grid(1))
+    with torch.no_grad():
+        return method.generate(sample_noise(seed, numbers, (1, 8, 8)), cond, []).clamp(-1, 1)
+
+
+def test_scores_are_averaged_and_features_compared_with_real_images(untrained, module):
+    found = go(untrained, spec(*(f"{module}:{each}" for each in ("brightness", "label", "halves")), medians=["label"]))
+    row, data = found.row("student", 1), load_data(spec().data, 0)
+    images = made(untrained, found.seed)
+    order = permutation(len(data), "judged", data.digest)[:70].tolist()
+    real, labels, _ = data.items(0, order)
+    halves = sys.modules[module].halves
+    assert row.metrics["brightness"] == pytest.approx(images.mean().item(), abs=1e-6)
+    assert row.metrics["label"] == 4.5, "the classes 0 to 9, each 7 times"
+    assert row.metrics["FD-halves"] == pytest.approx(frechet(halves(images, []), halves(real, [])), rel=1e-4)
+    assert list(row.metrics) == [
+        "brightness", "label", "FD-halves", "KID-halves", "precision-halves", "recall-halves",
+    ]  # fmt: skip
+    assert found.real == {
+        "brightness": pytest.approx(real.mean().item(), abs=1e-6),
+        "label": labels.double().quantile(0.5).item(),
+    }
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(results.table(found))
+    text = console.export_text()
+    assert f"Real images: brightness {found.real['brightness']:.4f}, label" in " ".join(text.split())
+    assert "FD-halves" in text and f"{row.metrics['FD-halves']:.4f}" in text
+    assert results.card_metrics(found, "student")["label@1"] == 4.5
+
+
+def test_rows_are_measured_again_if_the_function_changes(untrained, module, tmp_path):
+    asked = spec(f"{module}:brightness")
+    before = go(untrained, asked)
+    sys.modules.pop(module)
+    path = tmp_path / f"{module}.py"
+    path.write_text(path.read_text().replace("images.mean((1, 2, 3))", "2 * images.mean((1, 2, 3))"))
+    after = go(untrained, asked)
+    for row, other in zip(before.rows, after.rows, strict=True):
+        assert other.metrics["brightness"] == pytest.approx(2 * row.metrics["brightness"], abs=1e-6)
+    assert after.row("student", 1).rms == before.row("student", 1).rms
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("some_metrics:label2", "metrics: some_metrics:label2: .*some_metrics.py has no function label2; did you mean "
+         "'label'?"),
+        ("some_metrics:number", "has no function number; valid: brightness, "),
+        ("other_metrics:f", "there is no module other_metrics; install it, or put its folder into .* PYTHONPATH"),
+        ("other.metrics:f", "metrics: other.metrics:f needs the package other"),
+    ],
+)  # fmt: skip
+def test_functions_that_cannot_be_loaded(untrained, module, function, message):
+    with pytest.raises(InputError, match=message):
+        go(untrained, spec(function))
+
+
+def test_a_module_that_fails(untrained, tmp_path, monkeypatch):
+    (tmp_path / "bad_metrics.py").write_text("x = 1\nraise ValueError('no weights')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"cannot be imported: .*bad_metrics.py, line 2: ValueError: no weights"):
+        go(untrained, spec("bad_metrics:f"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("whole", r"whole returned a tensor \[64\] int64 for 64 images; it must return finite floating-point numbers, "
+         r"a tensor \[64\] or \[64, D\]"),
+        ("infinite", r"infinite returned a tensor \[64\] float32 with NaN or infinity for 64 images"),
+        ("text", "text returned a str for 64 images"),
+    ],
+)  # fmt: skip
+def test_functions_that_return_something_else(untrained, module, name, message):
+    with pytest.raises(RunError, match=message):
+        go(untrained, spec(f"{module}:{name}"))
+
+
+@pytest.mark.parametrize("given", ["score", "a.b", ":f", "a:b:c", "a:b c", "../a:b", ""])
+def test_what_is_no_function_is_refused(given):
+    with pytest.raises(InputError) as caught:
+        arguments.stage(EvaluateStage, {"kind": "evaluate", "students": {}, "metrics": [given]})
+    assert str(caught.value) == f"--metrics.0: {given!r} given; must be a function as module:function"
+
+
+def test_names_must_fit():
+    twice = spec("a:score", "b.c:score")
+    with pytest.raises(InputError, match="metrics: two functions are named 'score', which names their columns"):
+        checks.check(twice, Path.cwd())
+    with pytest.raises(InputError, match="medians: 'scor' is not in .*metrics; did you mean 'score'"):
+        checks.check(spec("a:score", medians=["scor"]), Path.cwd())
+
+
+def stage(samples, *metrics):
+    return EvaluateStage(kind="evaluate", students={}, samples=samples, metrics=list(metrics))
+
+
+def test_prompts_are_passed_in_turn(module):
+    table = ConditionTable(HeldRows({"states": torch.zeros(3, 2)}), None, {}, prompts=("1",))
+    teacher = exact.teacher(exact.FIELD, (1, 8, 8))
+    teacher = replace(teacher, given=table)
+    judges = judging.of_stage(stage(70, f"{module}:label"), teacher, None, ["5", "6", "7"], CPU)
+    assert judges.judge(torch.zeros(4, 1, 8, 8), 2)["label"].tolist() == [7, 5, 6, 7]
+    with pytest.raises(InputError, match="metrics need the prompts of all samples, but only the first 1 of 3 are"):
+        judging.of_stage(stage(70, f"{module}:label"), teacher, None, None, CPU)
+    with pytest.raises(InputError, match=r"metrics: some_metrics:label has no effect: .* has no images"):
+        judging.of_stage(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None, None, CPU)
+
+
+def test_the_example_of_the_documentation():
+    """`colourfulness` of an image whose channels are -1, 0 and 1 is 1; `thumbnails` are means of squares of 8 x 8."""
+    text = (Path(__file__).parent.parent / "recipes" / "README.md").read_text()
+    source = text.split("in a file `my_metrics.py`:\n\n```python\n")[1].split("```")[0]
+    found = {}
+    exec(compile(source, "my_metrics.py", "exec"), found)
+    images = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(2, 3, 16, 24)
+    assert found["colourfulness"](images, ["", ""]).tolist() == [1, 1]
+    assert found["thumbnails"](images, ["", ""]).tolist() == [[-1] * 6 + [0] * 6 + [1] * 6] * 2
