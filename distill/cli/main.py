@@ -18,6 +18,7 @@ from distill.cli import (
     compare,
     convert,
     doctor,
+    emoji,
     encode,
     export,
     follow,
@@ -78,6 +79,7 @@ app = typer.Typer(
 
 MAKE, LOOK, STUDENTS, TOOLS = "Run", "Inspect", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
+app.command(rich_help_panel=MAKE)(emoji.emoji)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(reflow.reflow)
 app.command(rich_help_panel=MAKE)(compare.compare)
