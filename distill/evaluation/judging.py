@@ -1,8 +1,9 @@
 """The user's metrics of an evaluation: what they say of samples and of real images."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from distill.spec.samplingspec import EvaluateStage
 from distill.teachers import LoadedTeacher
 
 CHUNK = 64  # images that a function gets at once
+MOST_REAL = 1000  # real images whose distances from each other are measured
 COLUMNS = {"distance": "FD", "kid": "KID", "precision": "precision", "recall": "recall"}  # of a metric's features
 
 
@@ -35,6 +37,7 @@ class Judges:
     device: torch.device
     real: Mapping[str, Tensor]
     identity: str
+    groups: Mapping[str, frozenset[int]] = field(default_factory=dict)  # the numbers of the texts, by name of the group
 
     def judge(self, images: Tensor, first: int) -> dict[str, Tensor]:
         """What each metric says of consecutive samples [N, C, H, W]. first: the number of the first of them."""
@@ -51,7 +54,29 @@ class Judges:
             elif metric.name in self.real:
                 real = Reference(metric.name, "", lambda features: features, self.real[metric.name], frechet)
                 numbers |= {f"{COLUMNS[name]}-{metric.name}": each for name, each in real.measure(values).items()}
+                numbers |= self._diversity(metric.name, values)
         return numbers
+
+    def by_group(self, found: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """The scores of the samples whose prompts are in a group: group -> metric -> number."""
+        numbers: dict[str, dict[str, float]] = {}
+        for group, members in self.groups.items():
+            for metric in self.metrics:
+                values = found[metric.name]
+                rows = [number for number in range(len(values)) if number % len(self.texts) in members]
+                if values.ndim == 1 and rows:
+                    numbers.setdefault(group, {})[metric.name] = _statistic(metric, values[rows])
+        return numbers
+
+    def _diversity(self, name: str, values: Tensor) -> dict[str, float]:
+        """The mean distance of two samples of one prompt, divided by that of two real images."""
+        count = len(self.texts)
+        if len(values) <= count:
+            return {}  # there is one sample of each prompt
+        repeated = range(min(count, len(values) - count))
+        within = torch.cat([torch.pdist(values[number::count]) for number in repeated])
+        apart = torch.pdist(self.real[name][:MOST_REAL]).mean()
+        return {f"diversity-{name}": (within.mean() / apart).item()} if apart > 0 else {}
 
     def of_real(self) -> dict[str, float]:
         """The scores of real images."""
@@ -94,12 +119,26 @@ def of_stage(
     if len(teacher.codec.pixels(teacher.shape)) != 3:
         raise InputError(f"metrics: {stage.metrics[0]} has no effect: {teacher.description} has no images")
     texts = _texts(stage, teacher, prompts)
-    identity = [[each.name, each.statistic, each.digest] for each in metrics]
+    groups = _groups(stage, texts)
+    identity: list[object] = [[each.name, each.statistic, each.digest] for each in metrics]
+    identity += [stage.prompt_groups] if groups else []
     if pixels is None:
-        return Judges(metrics, texts, device, {}, json.dumps(identity))
+        return Judges(metrics, texts, device, {}, json.dumps(identity), groups)
     order = permutation(len(pixels), "judged", pixels.digest)[: stage.samples].tolist()
     real = judged(metrics, device, (_real(pixels, order[i : i + CHUNK]) for i in range(0, len(order), CHUNK)))
-    return Judges(metrics, texts, device, real, json.dumps([*identity, pixels.digest]))
+    return Judges(metrics, texts, device, real, json.dumps([*identity, pixels.digest]), groups)
+
+
+def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[int]]:
+    """The prompts with a word of each group. InputError for a group without samples."""
+    found = {}
+    for name, words in stage.prompt_groups.items():
+        pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+        used = texts[: stage.samples]
+        found[name] = frozenset(number for number, text in enumerate(used) if pattern.search(text))
+        if not found[name]:
+            raise InputError(f"prompt_groups.{name}: none of the {len(used)} prompts has one of the words {words}")
+    return found
 
 
 def _texts(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Sequence[str]:

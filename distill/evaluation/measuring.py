@@ -289,6 +289,7 @@ class _Work:
             precision=laws.get("precision"),
             recall=laws.get("recall"),
             metrics=self.judges.summary(found.judged) if self.judges else {},
+            groups=self.judges.by_group(found.judged) if self.judges else {},
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / made.seconds,
             straightness=self._straightness(plan),

@@ -51,6 +51,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class GroupTable:
+    """The scores of each row by group of prompts."""
+
+    columns: list[str]
+    rows: list[tuple[Row, list[str]]]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The section of an evaluate stage."""
 
@@ -64,6 +72,7 @@ class Evaluation:
     """folder with the pictures that are not shown; "": all are shown"""
     captions: list[str]
     """the prompts of the first samples"""
+    groups: GroupTable | None
 
 
 @dataclass(frozen=True)
@@ -203,8 +212,21 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
             for name, value in straight.items()
         ],
         more=more,
+        groups=_groups(results),
         captions=[printable(each) for each in results.captions],
     )
+
+
+def _groups(results: Results) -> GroupTable | None:
+    """The scores by group of prompts, for each row."""
+    names = dict.fromkeys((group, name) for row in results.rows for group, each in row.groups.items() for name in each)
+    if not names:
+        return None
+    rows = [
+        (row, [number(row.groups[group][name]) if name in row.groups.get(group, {}) else "-" for group, name in names])
+        for row in results.rows
+    ]
+    return GroupTable([f"{group}: {name}" for group, name in names], rows)
 
 
 def _rounds(found: list[Round]) -> Rounds | None:

@@ -55,6 +55,8 @@ class Row(FrozenModel):
     recall: BoundedNumber | None
     metrics: dict[Line, BoundedNumber] = {}
     """what the metrics of the user found, by column"""
+    groups: dict[Line, dict[Line, BoundedNumber]] = {}
+    """the scores for groups of prompts: group -> metric -> number"""
     rms: BoundedNumber
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: Annotated[float, Field(gt=0, lt=1e100)]

@@ -324,6 +324,11 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
     functions = [each.partition(":")[2] for each in stage.metrics]
     for name in dict.fromkeys(each for each in functions if functions.count(each) > 1):
         yield f"{where}.metrics: two functions are named '{name}', which names their columns; rename one"
+    if stage.prompt_groups and not stage.metrics:
+        yield f"{where}.prompt_groups: has no effect without metrics; give {where}.metrics, or remove it"
+    for name, words in stage.prompt_groups.items():
+        if not words or not all(each.strip() for each in words):
+            yield f"{where}.prompt_groups.{name}: {words} given; must be words, like [red, blue]"
     for name in stage.medians:
         if name not in functions:
             yield f"{where}.medians: '{name}' is not in {where}.metrics; {suggest(name, functions)}"

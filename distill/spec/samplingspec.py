@@ -12,6 +12,7 @@ from distill.core.field_types import (
     Fraction,
     FrozenModel,
     FunctionName,
+    Line,
     Name,
     PairCount,
     Samples,
@@ -173,6 +174,8 @@ class EvaluateStage(FrozenModel):
     features; see distill/evaluation/metrics/own.py"""
     medians: list[Name] = []
     """functions in metrics of whose scores the median is shown, not the mean; without the module"""
+    prompt_groups: dict[Name, list[Line]] = {}
+    """also show the scores of metrics for prompts with certain words, like {colours: [red, blue], counts: [two]}"""
 
     @property
     def field_settings(self) -> FieldSettings:
