@@ -16,6 +16,7 @@ from flaky import Fault, Flaky
 from runs import distill, folder_bytes, make_run
 from students import PICTURE, make, put
 
+from distill.cli import students
 from distill.core.errors import InputError, RunError
 from distill.exchange import published, publishing, pulling, student_card
 from distill.exchange.student_card import TrainingCost
@@ -439,7 +440,10 @@ def test_a_whole_model_card(capfd, run):
 
 
 @pytest.mark.process
-def test_a_checkpoint_is_exported_and_published(capfd, run):
+def test_a_checkpoint_is_exported_and_published(capfd, run, monkeypatch):
+    """It is exported in the store, where a large student has room, and nothing stays behind."""
+    places, student = [], students._student
+    monkeypatch.setattr(students, "_student", lambda chosen, place: places.append(place) or student(chosen, place))
     done = command(capfd, "publish", "one/long@step-20", "early:half")
     assert done.code == 0, done.err
     folder = run.root.parent / "registry" / "early" / "half"
@@ -448,6 +452,8 @@ def test_a_checkpoint_is_exported_and_published(capfd, run):
     assert "| long | 1,280 images | 0:0" in text
     assert "Its samples were not evaluated" in text
     assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert [each.parent.parent for each in places] == [run.root.parent]
+    assert not [*run.root.parent.glob(".publishing*")]
     same = command(capfd, "publish", "one/long@step-40", "late")
     assert same.code == 0
     weights = "unet/diffusion_pytorch_model.safetensors"

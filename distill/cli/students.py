@@ -4,7 +4,6 @@ torch is imported only to export a checkpoint, or to draw samples if no evaluati
 """
 
 import shlex
-import tempfile
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from distill.cli.common import (
     store_source,
 )
 from distill.cli.runs import print_rows
+from distill.core.atomic import hidden_folder
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say, say_error
@@ -68,10 +68,11 @@ def publish(
         raise InputError(
             f"there is no run or student '{student}'; give RUN or RUN/STAGE of {folder}, or a student's folder"
         )
-    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
-        found = chosen if isinstance(chosen, Path) else _student(chosen, Path(temporary) / "student")
+    # An exported checkpoint is as large as the student: it belongs where the student is published, not into /tmp.
+    with hidden_folder(folder.absolute() / "publishing") as temporary:
+        found = chosen if isinstance(chosen, Path) else _student(chosen, temporary / "student")
         picture = b"" if isinstance(chosen, Path) else publishing.samples(chosen)
-        picture = picture or _drawn(found, chosen, Path(temporary) / "samples.png")
+        picture = picture or _drawn(found, chosen, temporary / "samples.png")
         shown = publishing.PICTURE if picture else ""
         if isinstance(chosen, Path):
             about = student_card.Publication(title, shown)
