@@ -32,6 +32,7 @@ from distill.networks.velocity_mlp import VelocityMLP
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
+from distill.spec import checks
 from distill.spec.evalspec import num_samples
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import CheckpointTeacher, RunSpec, UNetSpec
@@ -376,6 +377,26 @@ def test_guided_teacher_counts_twice():
     teacher = exported(student, (1, 8, 8), 2)
     assert sampling.of_teacher(teacher, "heun", 4, FieldSettings(2.0)).nfe == 14
     assert sampling.of_teacher(teacher, "heun", 4, UNCHANGED).nfe == 7
+
+
+def test_the_teacher_is_measured_at_other_guidance_scales(image_run):
+    """Each has the samples of a fine solver at that scale; they are no baselines, and no point of the chart."""
+    run, spec, _ = image_run
+
+    def at(scale, *others):
+        changed = spec.model_dump(mode="json")
+        changed["stages"]["evaluate"] |= {"guidance_scale": scale, "guidance_scales": others, "students": {}}
+        return go(run, RunSpec.model_validate(changed))
+
+    found, guided = at(1.0, 2.0), at(2.0)
+    row, fine = found.row("teacher", 2, guidance_scale=2.0), guided.row("teacher", 2, fine=True)
+    assert (row.label, row.nfe, row.fine) == ("teacher, heun, guidance 2", 6, False)
+    assert (row.distance, row.transport) == (fine.distance, fine.transport)
+    assert row.rms > 0 and found.row("teacher", 2, fine=True).rms == 0
+    assert row not in found.usual
+    twice = vector_spec(guidance_scales=[2.0, 2.0])
+    with pytest.raises(InputError, match="guidance_scales: 2 is measured already; list each other scale once"):
+        checks.check(twice, run.root)
 
 
 def exported(student: VelocityStudent, shape, classes):

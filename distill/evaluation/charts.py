@@ -64,7 +64,8 @@ def quality(results: Results) -> str:
         crowded = len(colours) > FEW
         for network, colour in colours.items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
-            usual = [row for row in rows if not row.fine and not row.along]
+            rows = [row for row in rows if row.guidance_scale is None]
+            usual = [row for row in rows if not row.fine and row.is_usual]
             for i, solver in enumerate(dict.fromkeys(row.solver for row in usual)):  # one, except for the teacher
                 line = sorted((row for row in usual if row.solver == solver), key=lambda row: row.nfe)
                 label = network if line[0].role == "student" else line[0].label

@@ -242,7 +242,7 @@ class _Work:
         if plan.fit is not None:
             return fitted.method(self.teacher, plan.fit)
         if plan.role == "teacher":
-            settings = self.stage.field_settings
+            settings = self.stage.settings_at(plan.guidance_scale)
             return of_teacher(self.teacher, plan.solver, plan.steps, settings, plan.times, plan.tolerance)
         student = self.students[plan.network]
         if plan.fine:
@@ -282,6 +282,7 @@ class _Work:
             steps=steps,
             fine=plan.fine,
             along=plan.along,
+            guidance_scale=plan.guidance_scale,
             nfe=nfe,
             most_calls=most,
             distance=laws.get("distance"),
@@ -315,7 +316,8 @@ class _Work:
         """Steps and network calls per sample, rounded up if they are means, and then also the most calls."""
         if calls is None:
             return plan.steps, self._method(plan).nfe, None
-        mean, per = calls.double().mean().item(), per_velocity(self.stage.guidance_scale)
+        mean = calls.double().mean().item()
+        per = per_velocity(self.stage.settings_at(plan.guidance_scale).guidance_scale)
         tries = (mean / (per if plan.role == "teacher" else 1) - 1) / dopri5.CALLS
         return math.ceil(tries), math.ceil(mean), int(calls.max())
 
@@ -376,6 +378,7 @@ class _Work:
         facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
         facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
         facts += [self.judges.identity] if self.judges else []
+        facts += [f"guidance {plan.guidance_scale}"] if plan.guidance_scale is not None else []
         facts += [stage.fine_tolerance] if stage.fine_tolerance is not None else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -36,13 +36,15 @@ class Plan:
     times: tuple[float, ...] | None = None  # of the steps, from noise to 0; None: uniform from 1
     fit: FittedSolver | None = field(default=None, repr=False)  # if its solver was fitted to the teacher
     tolerance: float | None = field(default=None, repr=False)  # of dopri5, whose `steps` are 0
+    guidance_scale: float | None = field(default=None, repr=False)  # of the teacher; None: that of the stage
 
     @property
     def slug(self) -> str:
         name = "teacher" if self.role == "teacher" else f"student-{self.network}"
         along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
         accuracy = self.steps if self.tolerance is None else f"{self.tolerance:g}"
-        return f"{name}-{self.solver}-{accuracy}{along}"
+        scale = "" if self.guidance_scale is None else f"-guidance-{self.guidance_scale:g}"
+        return f"{name}-{self.solver}-{accuracy}{along}{scale}"
 
     @property
     def is_shared(self) -> bool:
@@ -84,6 +86,7 @@ def plans(
     times = _Times(stage, store, device)
     rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
     rows += [*times.along(rows, teacher), *_by_solvers(stage, teacher, students, store), fine_plan(stage)]
+    rows += [replace(fine_plan(stage), fine=False, guidance_scale=each) for each in stage.guidance_scales]
     for name, steps in stage.students.items():
         student = students[name]
         usual = [Plan(name, "student", student.sampler, n, times=_times(student, n)) for n in steps]

@@ -164,6 +164,9 @@ def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | Eval
     weak = weak_teacher(spec, stage, Path())
     teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU, prompts=prompts))
     teacher.field_with(settings)
+    if isinstance(stage, EvaluateStage):
+        for scale in stage.guidance_scales:
+            teacher.field_with(stage.settings_at(scale))
 
 
 def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:

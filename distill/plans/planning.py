@@ -176,6 +176,7 @@ def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> P
     fine = f"{stage.fine_solver} {stage.fine_steps if stage.fine_tolerance is None else f'{stage.fine_tolerance:g}'}"
     others = "".join(f", {solver} {steps}" for solver, each in stage.teacher_solvers.items() for steps in each)
     what = f"teacher {coarse}{fine}{others}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
+    what += "".join(f"; guidance {scale:g} by {fine}" for scale in stage.guidance_scales)
     what += f"; {stage.field_settings.more_words}" if stage.field_settings.more_words else ""
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return PlannedStage(name, stage.kind, what, work, needs, calls, writes)

@@ -43,6 +43,8 @@ class Row(FrozenModel):
     """whether it was sampled with the fine solver; `rms` of every row compares with the teacher's samples with it"""
     along: Line = ""
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
+    guidance_scale: BoundedNumber | None = None
+    """of the teacher in this row; null: that of the evaluation"""
     nfe: Positive
     """network evaluations per sample, guidance counted; if they differ between samples, their mean, rounded up"""
     most_calls: Positive | None = None
@@ -75,8 +77,14 @@ class Row(FrozenModel):
 
     @property
     def way(self) -> str:
-        """Text that follows the name of the network: its step times, if they are not the default."""
-        return f", {self.along} times" if self.along == "optimal" else f", along {self.along}" if self.along else ""
+        """Text that follows the name of the network: its step times and guidance scale, if they are not the default."""
+        times = f", {self.along} times" if self.along == "optimal" else f", along {self.along}" if self.along else ""
+        return times if self.guidance_scale is None else f"{times}, guidance {self.guidance_scale:g}"
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether its step times and its guidance scale are the default."""
+        return not self.along and self.guidance_scale is None
 
     @property
     def label(self) -> str:
@@ -129,15 +137,16 @@ class Results(FrozenModel):
 
     @property
     def usual(self) -> list[Row]:
-        """The rows with default step times."""
-        return [row for row in self.rows if not row.along]
+        """The rows with default step times and guidance scale."""
+        return [row for row in self.rows if row.is_usual]
 
     def baseline(self, row: Row) -> Row | None:
         """The best row of the teacher with at most as many network calls as `row`; None if there is none.
 
-        The fine solver does not count, since its samples are the reference.
+        The fine solver does not count, since its samples are the reference, nor do rows with another guidance scale.
         """
-        rows = [each for each in self.rows if each.role == "teacher" and not each.fine and each.nfe <= row.nfe]
+        teachers = [each for each in self.rows if each.role == "teacher" and not each.fine]
+        rows = [each for each in teachers if each.guidance_scale is None and each.nfe <= row.nfe]
         return min(rows, key=lambda each: each.value, default=None)
 
     @property
@@ -147,10 +156,19 @@ class Results(FrozenModel):
         pairs = [(row, base) for row in students if (base := self.baseline(row)) is not None]
         return [(row, base) for row, base in pairs if not row.value < base.value]
 
-    def row(self, network: str, steps: int, *, fine: bool = False, along: str = "") -> Row:
+    def row(
+        self,
+        network: str,
+        steps: int,
+        *,
+        fine: bool = False,
+        along: str = "",
+        guidance_scale: float | None = None,
+    ) -> Row:
         """The row of a network at a number of steps. InputError if there is none."""
         for row in self.rows:
-            if (row.network, row.steps, row.fine, row.along) == (network, steps, fine, along):
+            found = (row.network, row.steps, row.fine, row.along, row.guidance_scale)
+            if found == (network, steps, fine, along, guidance_scale):
                 return row
         raise InputError(
             f"no row for {network} at {steps} steps; there are {[(r.network, r.steps) for r in self.rows]}"

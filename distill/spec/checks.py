@@ -91,7 +91,8 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         else:
             yield from _evaluate(found, stage, where)
             yield from guidancespec.mistakes(stage.field_settings, f"{where}.")
-            yield from _guidance(found, stage, stage.field_settings, where)
+            for scale in (None, *stage.guidance_scales):
+                yield from _guidance(found, stage, stage.settings_at(scale), where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
     if spec.launch.divide_teacher and not loaded and not trained:
@@ -324,6 +325,9 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
     functions = [each.partition(":")[2] for each in stage.metrics]
     for name in dict.fromkeys(each for each in functions if functions.count(each) > 1):
         yield f"{where}.metrics: two functions are named '{name}', which names their columns; rename one"
+    for scale in dict.fromkeys(stage.guidance_scales):
+        if stage.guidance_scales.count(scale) > 1 or scale == stage.guidance_scale:
+            yield f"{where}.guidance_scales: {scale:g} is measured already; list each other scale once"
     if stage.prompt_groups and not stage.metrics:
         yield f"{where}.prompt_groups: has no effect without metrics; give {where}.metrics, or remove it"
     for name, words in stage.prompt_groups.items():

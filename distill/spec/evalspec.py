@@ -67,7 +67,8 @@ def solver_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[tuple
 def num_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     """Number of rows, that is, of sets of samples that are generated. Rows of fitted solvers are not counted."""
     usual = sum(map(len, steps_of_rows(stage).values()))
-    return usual + len(solver_rows(stage, samplers)) + 1 + len(stage.fine_students)
+    further = len(stage.fine_students) + len(stage.guidance_scales)
+    return usual + len(solver_rows(stage, samplers)) + 1 + further
 
 
 def num_samples(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
@@ -98,7 +99,8 @@ def _calls_of_teacher(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     rows = [("euler", t_grid) for t_grid in [*usual, *along]]
     rows += [(solver, uniform_times(steps)) for solver, steps in solver_rows(stage, samplers)]
     settings = stage.field_settings
-    return _fine_calls(stage, settings) + sum(settings.network_calls(solver, t_grid) for solver, t_grid in rows)
+    fine = sum(_fine_calls(stage, stage.settings_at(scale)) for scale in (None, *stage.guidance_scales))
+    return fine + sum(settings.network_calls(solver, t_grid) for solver, t_grid in rows)
 
 
 def _fine_calls(stage: EvaluateStage, settings: FieldSettings) -> int:

@@ -169,6 +169,8 @@ class EvaluateStage(FrozenModel):
     """another form of guidance, or guidance at some times only; null: classifier-free guidance at all times"""
     epsilon_scale: EpsilonScale = 1.0
     """divide the teacher's noise predictions by this, like 1.005 (epsilon scaling); 1: leave them"""
+    guidance_scales: list[Annotated[float, Field(ge=0, le=10_000)]] = []
+    """also measure the teacher with fine_solver at these guidance scales, to compare them with guidance_scale"""
     metrics: list[FunctionName] = []
     """also measure with functions of your own, each as module:function: of images and prompts, that return scores or
     features; see distill/evaluation/metrics/own.py"""
@@ -180,4 +182,9 @@ class EvaluateStage(FrozenModel):
     @property
     def field_settings(self) -> FieldSettings:
         """How the teacher's velocity field is changed."""
-        return FieldSettings(self.guidance_scale, self.guidance, self.epsilon_scale)
+        return self.settings_at(None)
+
+    def settings_at(self, guidance_scale: float | None) -> FieldSettings:
+        """The same with another guidance scale; None: with that of the stage."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return FieldSettings(scale, self.guidance, self.epsilon_scale)
