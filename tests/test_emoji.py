@@ -11,7 +11,7 @@ from latent import normal, same
 from PIL import Image
 from runs import folder_bytes
 
-from distill.core.errors import Stopped
+from distill.core.errors import InputError, Stopped
 from distill.core.stop import StopRequest
 from distill.emoji import autoencoder, build, images, judges, pipeline
 
@@ -71,7 +71,12 @@ def test_an_autoencoder_goes_on_where_it_was_stopped(monkeypatch, tmp_path, capf
     autoencoder.train(tmp_path / "whole", some, StopRequest(), steps=4)
     with pytest.raises(Stopped, match="saved: step 2 of the autoencoder"):
         autoencoder.train(tmp_path / "parts", some, StopAfter(), steps=4)
-    assert [path.name for path in tmp_path.glob("parts*")] == ["parts-state.safetensors"]
+    state = tmp_path / "parts-state.safetensors"
+    assert [*tmp_path.glob("parts*")] == [state]
+    (tmp_path / "damaged-state.safetensors").write_bytes(state.read_bytes()[:-100])
+    autoencoder.train(tmp_path / "damaged", some, StopRequest(), steps=4)
+    assert "damaged-state.safetensors is damaged, or of another version; the autoencoder is" in capfd.readouterr().err
+    assert folder_bytes(tmp_path / "damaged") == folder_bytes(tmp_path / "whole")
     autoencoder.train(tmp_path / "parts", some, StopRequest(), steps=4)
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "whole")
     assert not [*tmp_path.glob("*-state*")]
@@ -102,6 +107,14 @@ def test_the_pipeline_is_one_of_diffusers(tmp_path, capfd):
     assert made.shape == (2, 3, 64, 64) and bool(made.isfinite().all())
     done = command(capfd, "inspect", str(tmp_path / "untrained"))
     assert done.code == 0 and "PixArtTransformer2DModel" in done.out
+
+
+@pytest.mark.parametrize(("function", "shape"), [("efficientnet", (2, 1, 64, 64)), ("stlpips", (2, 3, 31, 64))])
+def test_images_without_features(function, shape):
+    with pytest.raises(
+        InputError, match=r"images of shape \[\d, \d\d, 64\]; valid: 3 channels, and at least \d+ pixels"
+    ):
+        getattr(judges, function)(torch.zeros(shape), ())
 
 
 @pytest.mark.long

@@ -5,18 +5,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cached_runs
 import pytest
 import torch
+from cached_runs import content
 from latent import normal
 from rich.console import Console
 from test_evaluate import card, go
 
 from distill.cli import arguments
 from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
 from distill.data import load_data
 from distill.evaluation import judging, report_page
 from distill.evaluation.metrics import features, own
 from distill.evaluation.metrics.frechet import frechet
+from distill.execution import preflight, stages
 from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.flow.draws import permutation, sample_labels, sample_noise
 from distill.flow.times import uniform_grid
@@ -24,7 +28,7 @@ from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
 from distill.runs import results
 from distill.runs.run_store import RunPaths
-from distill.spec import checks
+from distill.spec import checks, specfile
 from distill.spec.model import RunSpec, UNetSpec
 from distill.spec.samplingspec import EvaluateStage
 from distill.students import sampling
@@ -46,6 +50,9 @@ def label(images, prompts):
 def halves(images, prompts):
     """The mean of the upper and of the lower half."""
     return torch.stack([images[:, 0, :4].mean((1, 2)), images[:, 0, 4:].mean((1, 2))], 1)
+
+def length(images, prompts):
+    return torch.tensor([float(len(each)) for each in prompts])
 
 def whole(images, prompts):
     return torch.ones(len(images), dtype=torch.int64)
@@ -99,7 +106,10 @@ def made(run, seed):
 
 
 def test_scores_are_averaged_and_features_compared_with_real_images(untrained, module):
-    found = go(untrained, spec(*(f"{module}:{each}" for each in ("brightness", "label", "halves")), medians=["label"]))
+    found = go(
+        untrained,
+        spec(*(f"{module}:{each}" for each in ("brightness", "label", "halves")), medians=[f"{module}:label"]),
+    )
     row, data = found.row("student", 1), load_data(spec().data, 0)
     images = made(untrained, found.seed)
     order = permutation(len(data), "judged", data.digest)[:70].tolist()
@@ -142,8 +152,9 @@ def test_rows_are_measured_again_if_the_function_changes(untrained, module, tmp_
         ("some_metrics:label2", "metrics: some_metrics:label2: .*some_metrics.py has no function label2; did you mean "
          "'label'?"),
         ("some_metrics:number", "has no function number; valid: brightness, "),
-        ("other_metrics:f", "there is no module other_metrics; install it, or put its folder into .* PYTHONPATH"),
-        ("other.metrics:f", "metrics: other.metrics:f needs the package other"),
+        ("other_metrics:f", "there is no file of a module other_metrics; install it, or put its folder .* PYTHONPATH"),
+        ("other.metrics:f", "metrics: other.metrics:f: there is no file of a module other.metrics; install it"),
+        ("time:sleep", "metrics: time:sleep: there is no file of a module time"),
     ],
 )  # fmt: skip
 def test_functions_that_cannot_be_loaded(untrained, module, function, message):
@@ -183,8 +194,10 @@ def test_names_must_fit():
     twice = spec("a:score", "b.c:score")
     with pytest.raises(InputError, match="metrics: two functions are named 'score', which names their columns"):
         checks.check(twice, Path.cwd())
-    with pytest.raises(InputError, match="medians: 'scor' is not in .*metrics; did you mean 'score'"):
-        checks.check(spec("a:score", medians=["scor"]), Path.cwd())
+    with pytest.raises(InputError, match="medians: 'a:scor' is not in .*metrics; did you mean 'a:score'"):
+        checks.check(spec("a:score", medians=["a:scor"]), Path.cwd())
+    with pytest.raises(InputError, match="metrics: a column of every evaluation is named 'rms'; rename the function"):
+        checks.check(spec("a:rms"), Path.cwd())
 
 
 def stage(samples, *metrics):
@@ -192,15 +205,42 @@ def stage(samples, *metrics):
 
 
 def test_prompts_are_passed_in_turn(module):
-    table = ConditionTable(HeldRows({"states": torch.zeros(3, 2)}), None, {}, prompts=("1",))
+    """If they are not given, they are the captions in the file of conditions, if these are all, and whole."""
     teacher = exact.teacher(exact.FIELD, (1, 8, 8))
-    teacher = replace(teacher, given=table)
-    judges = judging.of_stage(stage(70, f"{module}:label"), teacher, None, ["5", "6", "7"], CPU)
-    assert judges.judge(torch.zeros(4, 1, 8, 8), 2)["label"].tolist() == [7, 5, 6, 7]
-    with pytest.raises(InputError, match="metrics need the prompts of all samples, but only the first 1 of 3 are"):
-        judging.of_stage(stage(70, f"{module}:label"), teacher, None, None, CPU)
+
+    def of(*captions, prompts=None, samples=70):
+        table = ConditionTable(HeldRows({"states": torch.zeros(3, 2)}), None, {}, prompts=captions)
+        asked = stage(samples, f"{module}:label")
+        return judging.of_stage(asked, replace(teacher, given=table), None, prompts, CPU, StopRequest())
+
+    for judges in (of(prompts=["5", "6", "7"]), of("5", "6", "7")):
+        assert judges.judge(torch.zeros(4, 1, 8, 8), 2)["label"].tolist() == [7, 5, 6, 7]
+    for captions in ((), ("5", "6"), ("5", "6", "7" * 297 + "...")):
+        with pytest.raises(InputError, match=r"metrics need the prompts of all samples, but only \d of 3 are known"):
+            of(*captions)
     with pytest.raises(InputError, match=r"metrics: some_metrics:label has no effect: .* has no images"):
-        judging.of_stage(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None, None, CPU)
+        judging.of_stage(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None, None, CPU, StopRequest())
+
+
+def test_numbers_that_cannot_be_compared(module):
+    """Features need real images; all rows have one shape; numbers are finite also after the conversion to float32."""
+    halves, images = own.load(f"{module}:halves"), torch.zeros(70, 1, 8, 8)
+    judges = judging.Judges([halves], ["a"], CPU, {}, "")
+    with pytest.raises(RunError, match="halves returned features, but there are no real images to compare them with"):
+        judges.summary(judges.judge(images, 0))
+    real = judging.Judges([halves], ["a"], CPU, {"halves": torch.zeros(70, 2)}, "")
+    with pytest.raises(RunError, match="-halves is nan; its function returned values that cannot be compared"):
+        real.summary(real.judge(images, 0))
+
+    def metric(function):
+        return own.OwnMetric("f", "mean", function, "")
+
+    with pytest.raises(RunError, match=r"the metric f returned rows of different shapes: \[\[\], \[3\]\]"):
+        judging.judged([metric(lambda x, _: torch.zeros(len(x), *[3] * (len(x) < 64)))], CPU, [(images, ["a"] * 70)])
+    with pytest.raises(RunError, match="with NaN or infinity"):
+        metric(lambda x, _: torch.full((len(x),), 1e300, dtype=torch.float64))(images, [])
+    with pytest.raises(RunError, match="returned 5,000 features for each image; at most 4,096 can be compared"):
+        metric(lambda x, _: torch.zeros(len(x), 5000))(images, [])
 
 
 def test_the_example_of_the_documentation():
@@ -244,3 +284,31 @@ def test_diversity_is_the_distance_within_a_prompt(untrained, module):
     assert judges.summary({"halves": real["halves"]})["diversity-halves"] == pytest.approx(1, abs=0.1)
     assert judges.summary({"halves": 2 * real["halves"]})["diversity-halves"] == pytest.approx(2, abs=0.2)
     assert "diversity-halves" not in judging.Judges([metric], ["a"] * 40, CPU, real, "").summary(real)
+
+
+def test_a_run_gives_the_whole_prompts_of_its_cache(tmp_path, module):
+    """Captions of pictures are cut at 300 characters; metrics get the prompts of the data, and the plan checks them."""
+    prompts = ["a cat", "a dog " * 60, "rain"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    measure = {
+        "kind": "evaluate", "students": {}, "teacher_steps": [], "baselines": [], "samples": 16, "block": 16,
+        "fine_steps": 1, "metrics": [f"{module}:length"], "prompt_groups": {"cats": ["cat"]},
+    }  # fmt: skip
+    data = {"kind": "prompts", "path": str(tmp_path / "prompts.txt")}
+
+    def found(**changes):
+        given = content(cached_runs.pipeline(tmp_path / "sd3"), data, {"evaluate": {**measure, **changes}})
+        return checks.check(specfile.validate(given, "spec"), tmp_path)
+
+    ready = found()
+    preflight.check(ready)
+    run = RunPaths(tmp_path / "runs" / "run")
+    run.root.mkdir(parents=True)
+    run.spec.write_text(specfile.resolved(ready.spec))
+    stages.run(run, ready.spec, ["cache", "evaluate"], StopRequest())
+    (row,) = results.load_results(run.stage("evaluate")).rows
+    lengths = [len(prompts[number % 3].strip()) for number in range(16)]
+    assert row.metrics["length"] == pytest.approx(sum(lengths) / 16)
+    assert row.groups == {"cats": {"length": 5}}
+    with pytest.raises(InputError, match=r"prompt_groups.snow: none of the 3 prompts has one of the words \['snow'\]"):
+        preflight.check(found(prompt_groups={"snow": ["snow"]}))

@@ -12,7 +12,7 @@ PRESET, FOLDER, TEACHER = "emoji-teacher", "emoji", "teacher"
 def emoji(store: StoreOption = None) -> None:
     """From drawings of emoji to a text-to-image pipeline in STORE/emoji/teacher, in about two hours on a CPU.
 
-    Ctrl-C stops it, and the same command goes on. The presets emoji-* distil this teacher.
+    Ctrl-C stops it, and the same command goes on.
     """
     runs = store_path(store)
     place = runs.absolute() / FOLDER

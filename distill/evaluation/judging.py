@@ -1,14 +1,16 @@
 """The user's metrics of an evaluation: what they say of samples and of real images."""
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.evaluation.metrics import own
 from distill.evaluation.metrics.frechet import frechet
@@ -18,9 +20,10 @@ from distill.flow.conditioning import ConditionTable
 from distill.flow.draws import permutation
 from distill.spec.samplingspec import EvaluateStage
 from distill.teachers import LoadedTeacher
+from distill.teachers.conditions import CAPTION
 
 CHUNK = 64  # images that a function gets at once
-MOST_REAL = 1000  # real images whose distances from each other are measured
+MOST_COMPARED = 1000  # images whose distances from each other are measured: of one prompt, or real ones
 COLUMNS = {"distance": "FD", "kid": "KID", "precision": "precision", "recall": "recall"}  # of a metric's features
 
 
@@ -51,10 +54,18 @@ class Judges:
             values = found[metric.name]
             if values.ndim == 1:
                 numbers[metric.name] = _statistic(metric, values)
-            elif metric.name in self.real:
+            elif metric.name not in self.real:
+                raise RunError(
+                    f"the metric {metric.name} returned features, but there are no real images to compare them with; "
+                    "evaluate with data that has images, or return one score for each image"
+                )
+            else:
                 real = Reference(metric.name, "", lambda features: features, self.real[metric.name], frechet)
                 numbers |= {f"{COLUMNS[name]}-{metric.name}": each for name, each in real.measure(values).items()}
                 numbers |= self._diversity(metric.name, values)
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise RunError(f"{name} is {number}; its function returned values that cannot be compared")
         return numbers
 
     def by_group(self, found: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -74,8 +85,8 @@ class Judges:
         if len(values) <= count:
             return {}  # there is one sample of each prompt
         repeated = range(min(count, len(values) - count))
-        within = torch.cat([torch.pdist(values[number::count]) for number in repeated])
-        apart = torch.pdist(self.real[name][:MOST_REAL]).mean()
+        within = torch.cat([torch.pdist(values[number::count][:MOST_COMPARED]) for number in repeated])
+        apart = torch.pdist(self.real[name][:MOST_COMPARED]).mean()
         return {f"diversity-{name}": (within.mean() / apart).item()} if apart > 0 else {}
 
     def of_real(self) -> dict[str, float]:
@@ -99,7 +110,33 @@ def judged(
             shown = images[start : start + CHUNK].to(device).float().clamp(-1, 1)
             for metric in metrics:
                 found[metric.name].append(metric(shown, texts[start : start + CHUNK]))
+    for name, each in found.items():
+        if len(shapes := {tuple(values.shape[1:]) for values in each}) > 1:
+            raise RunError(f"the metric {name} returned rows of different shapes: {sorted(map(list, shapes))}")
     return {name: torch.cat(each) for name, each in found.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage asks for, as far as it is known before there are samples. See `Judges`."""
+
+    metrics: Sequence[OwnMetric]
+    texts: Sequence[str]
+    groups: Mapping[str, frozenset[int]]
+
+
+def prepare(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Prepared | None:
+    """Loads the metrics of a stage; None if it has none. InputError if they cannot be loaded or used.
+
+    prompts: of the teacher's conditions, in their order; None: only their captions are known.
+    """
+    if not stage.metrics:
+        return None
+    metrics = [own.load(each, stage.medians) for each in stage.metrics]
+    if len(teacher.codec.pixels(teacher.shape)) != 3:
+        raise InputError(f"metrics: {stage.metrics[0]} has no effect: {teacher.description} has no images")
+    texts = _texts(stage, teacher, prompts)
+    return Prepared(metrics, texts, _groups(stage, texts))
 
 
 def of_stage(
@@ -108,25 +145,22 @@ def of_stage(
     pixels: DataSet | None,
     prompts: Sequence[str] | None,
     device: torch.device,
+    stop: StopRequest,
 ) -> Judges | None:
-    """The metrics that a stage asks for; None if it asks for none. InputError if they cannot be loaded or used.
+    """The metrics of a stage, with what they say of real images. None and errors: see `prepare`.
 
-    pixels: the real images. prompts: of the teacher's conditions, in their order; None: not known.
+    pixels: the real images; None: there are none.
     """
-    if not stage.metrics:
+    found = prepare(stage, teacher, prompts)
+    if found is None:
         return None
-    metrics = [own.load(each, stage.medians) for each in stage.metrics]
-    if len(teacher.codec.pixels(teacher.shape)) != 3:
-        raise InputError(f"metrics: {stage.metrics[0]} has no effect: {teacher.description} has no images")
-    texts = _texts(stage, teacher, prompts)
-    groups = _groups(stage, texts)
-    identity: list[object] = [[each.name, each.statistic, each.digest] for each in metrics]
-    identity += [stage.prompt_groups] if groups else []
+    identity: list[object] = [[each.name, each.statistic, each.digest] for each in found.metrics]
+    identity += [stage.prompt_groups] if found.groups else []
     if pixels is None:
-        return Judges(metrics, texts, device, {}, json.dumps(identity), groups)
+        return Judges(found.metrics, found.texts, device, {}, json.dumps(identity), found.groups)
     order = permutation(len(pixels), "judged", pixels.digest)[: stage.samples].tolist()
-    real = judged(metrics, device, (_real(pixels, order[i : i + CHUNK]) for i in range(0, len(order), CHUNK)))
-    return Judges(metrics, texts, device, real, json.dumps([*identity, pixels.digest]), groups)
+    real = judged(found.metrics, device, _real(pixels, order, stop))
+    return Judges(found.metrics, found.texts, device, real, json.dumps([*identity, pixels.digest]), found.groups)
 
 
 def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[int]]:
@@ -146,18 +180,21 @@ def _texts(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] 
     if not isinstance(teacher.given, ConditionTable):
         return [str(number) for number in range(teacher.num_classes or 0)] or [""]
     count = teacher.given.count
-    known = prompts if prompts is not None and len(prompts) == count else teacher.given.prompts
+    captions = [each for each in teacher.given.prompts if len(each) < CAPTION]  # longer ones were cut
+    known = captions if prompts is None else prompts
     if len(known) < min(count, stage.samples):
         raise InputError(
-            f"metrics need the prompts of all samples, but only the first {len(known)} of {count} are known; give them "
-            "to `distill eval --prompts`, or use data with captions and a cache stage"
+            f"metrics need the prompts of all samples, but only {len(known)} of {count} are known; give them to "
+            "`distill eval --prompts`, or use prompts or captions of the spec's data with a cache stage"
         )
     return known
 
 
-def _real(pixels: DataSet, indices: list[int]) -> tuple[Tensor, Sequence[str]]:
+def _real(pixels: DataSet, order: list[int], stop: StopRequest) -> Iterator[tuple[Tensor, Sequence[str]]]:
     """Real images, and their prompts or class ids."""
-    images, labels, _ = pixels.items(0, indices)
-    if labels is None:
-        return images, [""] * len(images)
-    return images, [str(each) if pixels.prompts is None else pixels.prompts[each] for each in labels.tolist()]
+    for start in range(0, len(order), CHUNK):
+        stop.raise_if_requested("the finished rows of the evaluation")
+        images, labels, _ = pixels.items(0, order[start : start + CHUNK])
+        numbers = [] if labels is None else labels.tolist()
+        texts = [str(each) if pixels.prompts is None else pixels.prompts[each] for each in numbers]
+        yield images, texts or [""] * len(images)

@@ -73,10 +73,12 @@ def evaluate(
     progress: Progress,
     stop: StopRequest,
     like: TeacherSpec | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Results:
     """Run the evaluate stage `name` of a run; writes results.json and pictures to its folder. See `measure`.
 
     own: a teacher in closed form, whose exact samples are used in place of data. like: see `load_student`.
+    prompts: see `measure`.
     """
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
@@ -84,7 +86,7 @@ def evaluate(
     exact = teacher.exact_data or (own.exact_data if own else None)
     return measure(
         run.stage(name).root, name, stage, teacher, students, data,
-        seed=seed, device=device, progress=progress, stop=stop, store=run.root.parent, exact=exact,
+        seed=seed, device=device, progress=progress, stop=stop, store=run.root.parent, exact=exact, prompts=prompts,
     )  # fmt: skip
 
 
@@ -110,13 +112,11 @@ def measure(
 
     store: folder with step times, fitted solvers, and rows of teachers for other evaluations.
     exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
-    prompts: of the teacher's conditions, for the stage's metrics; None: those of the data.
+    prompts: of the teacher's conditions, for the stage's metrics; None: only their captions are known.
     """
     _check(stage, teacher, students, data)
     pixels = None if data is None else pixels_of(scaled_for(data, teacher.codec), teacher.codec, device)
-    if prompts is None and data is not None:
-        prompts = data.prompts
-    judges = judging.of_stage(stage, teacher, pixels, prompts, device)
+    judges = judging.of_stage(stage, teacher, pixels, prompts, device, stop)
     try:
         for part in ("rows", "pictures"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,7 @@ class _Work:
             groups=self.judges.by_group(found.judged) if self.judges else {},
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / made.seconds,
-            straightness=self._straightness(plan),
+            straightness=self._straightness(plan) if plan.guidance_scale is None else None,
             transport=self._transport(samples),
             picture=picture,
         )

@@ -116,10 +116,15 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
             from distill.evaluation import measuring
 
             measuring.refuse_few(data)
-        for metric in stage.metrics if isinstance(stage, EvaluateStage) else []:
+        if isinstance(stage, EvaluateStage) and stage.metrics:
+            from distill.evaluation import judging
             from distill.evaluation.metrics import own
 
-            own.load(metric)
+            if stage.teacher is None and teacher is not None:
+                judging.prepare(stage, teacher, None if prompts is None else texts)
+            else:
+                for metric in stage.metrics:
+                    own.load(metric)
     measured = any(isinstance(stage, EvaluateStage) for stage in spec.stages.values())
     encodes = data is not None and not data.encoded
     if teacher is not None and isinstance(teacher.codec, LatentCodec) and (measured or encodes):

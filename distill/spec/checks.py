@@ -38,7 +38,7 @@ from distill.spec.model import (
     is_path,
 )
 from distill.spec.resolved import Resolved, ResolvedRecipe
-from distill.spec.samplingspec import FINE_STEPS
+from distill.spec.samplingspec import FINE_STEPS, OWN_COLUMNS
 
 
 def check(spec: RunSpec, base: Path) -> Resolved:
@@ -90,9 +90,9 @@ def _mistakes(found: Resolved) -> Iterator[str]:
             yield from _guidance(found, stage, stage.field_settings, where)
         else:
             yield from _evaluate(found, stage, where)
-            yield from guidancespec.mistakes(stage.field_settings, f"{where}.")
-            for scale in (None, *stage.guidance_scales):
-                yield from _guidance(found, stage, stage.settings_at(scale), where)
+            guided = next((each for each in (stage.guidance_scale, *stage.guidance_scales) if each != 1), None)
+            yield from guidancespec.mistakes(stage.settings_at(guided), f"{where}.")
+            yield from _guidance(found, stage, stage.settings_at(guided), where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
     if spec.launch.divide_teacher and not loaded and not trained:
@@ -325,17 +325,20 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
     functions = [each.partition(":")[2] for each in stage.metrics]
     for name in dict.fromkeys(each for each in functions if functions.count(each) > 1):
         yield f"{where}.metrics: two functions are named '{name}', which names their columns; rename one"
-    for scale in dict.fromkeys(stage.guidance_scales):
-        if stage.guidance_scales.count(scale) > 1 or scale == stage.guidance_scale:
-            yield f"{where}.guidance_scales: {scale:g} is measured already; list each other scale once"
+    scales = [f"{each:g}" for each in (stage.guidance_scale, *stage.guidance_scales)]  # as in the names of files
+    for scale in dict.fromkeys(each for each in scales if scales.count(each) > 1):
+        yield f"{where}.guidance_scales: {scale} is measured already; list each other scale once"
     if stage.prompt_groups and not stage.metrics:
         yield f"{where}.prompt_groups: has no effect without metrics; give {where}.metrics, or remove it"
     for name, words in stage.prompt_groups.items():
         if not words or not all(each.strip() for each in words):
             yield f"{where}.prompt_groups.{name}: {words} given; must be words, like [red, blue]"
-    for name in stage.medians:
-        if name not in functions:
-            yield f"{where}.medians: '{name}' is not in {where}.metrics; {suggest(name, functions)}"
+    for name in functions:
+        if name in OWN_COLUMNS:
+            yield f"{where}.metrics: a column of every evaluation is named '{name}'; rename the function"
+    for each in stage.medians:
+        if each not in stage.metrics:
+            yield f"{where}.medians: '{each}' is not in {where}.metrics; {suggest(each, stage.metrics)}"
     for network, ways in stage.times.items():
         here = f"{where}.times.{network}"
         if network not in ("teacher", *stage.students):

@@ -24,6 +24,7 @@ from distill.core.field_types import (
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.kinds import AUTO, FITTED, AnySolverName, PairsSolverName, ReferenceName, SolverName, per_velocity
 
+OWN_COLUMNS = {"KID", "precision", "recall", "rms", "straightness"}  # of every evaluation
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 DEFAULT_SOLVER = "heun"  # of pairs
@@ -174,8 +175,8 @@ class EvaluateStage(FrozenModel):
     metrics: list[FunctionName] = []
     """also measure with functions of your own, each as module:function: of images and prompts, that return scores or
     features; see distill/evaluation/metrics/own.py"""
-    medians: list[Name] = []
-    """functions in metrics of whose scores the median is shown, not the mean; without the module"""
+    medians: list[FunctionName] = []
+    """those of metrics of whose scores the median is shown, not the mean"""
     prompt_groups: dict[Name, list[Line]] = {}
     """also show the scores of metrics for prompts with certain words, like {colours: [red, blue], counts: [two]}"""
 

@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from torch import Tensor
 from distill.core.errors import InputError, RunError
 from distill.core.importing import Importing
 from distill.core.text import suggest
+
+MOST_FEATURES = 4096
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,14 @@ class OwnMetric:
         found: object = self.function(images, prompts)
         if isinstance(found, Tensor):
             fits = found.ndim in (1, 2) and len(found) == len(images) and found.is_floating_point()
-            if fits and bool(found.isfinite().all()):
-                return found.detach().float().cpu()
+            values = found.detach().float().cpu()
+            if fits and values.ndim == 2 and values.shape[1] > MOST_FEATURES:
+                raise RunError(
+                    f"the metric {self.name} returned {values.shape[1]:,} features for each image; at most "
+                    f"{MOST_FEATURES:,} can be compared, since the time grows with the third power of their number"
+                )
+            if fits and bool(values.isfinite().all()):
+                return values
             what = f"a tensor {list(found.shape)} {str(found.dtype).removeprefix('torch.')}"
             what += " with NaN or infinity" if fits else ""
         else:
@@ -49,19 +58,29 @@ class OwnMetric:
         )
 
 
+def _find(name: str) -> ModuleSpec | None:
+    """Where a module is; None if it, or a package that should contain it, is not installed."""
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise
+
+
 def load(asked: str, medians: Sequence[str] = ()) -> OwnMetric:
     """Imports module:function. InputError if the module cannot be imported, or has no such function.
 
-    medians: names of functions of whose scores the median is shown.
+    medians: those of whose scores the median is shown.
     """
     module_name, _, name = asked.partition(":")
     what = f"metrics: {asked}"
     with Importing(what, Path(f"{module_name.replace('.', '/')}.py")):
-        found = find_spec(module_name)
-    if found is None or found.origin is None:
+        found = _find(module_name)
+    if found is None or found.origin is None or not Path(found.origin).is_file():
         raise InputError(
-            f"{what}: there is no module {module_name}; install it, or put its folder into the environment variable "
-            "PYTHONPATH"
+            f"{what}: there is no file of a module {module_name}; install it, or put its folder into the environment "
+            "variable PYTHONPATH"
         )
     path = Path(found.origin)
     with Importing(what, path):
@@ -70,4 +89,4 @@ def load(asked: str, medians: Sequence[str] = ()) -> OwnMetric:
     if not callable(function):
         functions = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise InputError(f"{what}: {path} has no function {name}; {suggest(name, functions)}")
-    return OwnMetric(name, "median" if name in medians else "mean", function, sha256(path.read_bytes()).hexdigest())
+    return OwnMetric(name, "median" if asked in medians else "mean", function, sha256(path.read_bytes()).hexdigest())
