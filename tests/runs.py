@@ -73,6 +73,14 @@ def kill(process: Forked, number: int = signal.SIGKILL) -> int:
     return process.end()
 
 
+def alive(pid: int) -> bool:
+    """Whether a process still runs. A zombie, which its parent has not waited for, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it ended before the file was opened, or read
+        return False
+
+
 def wait_for(condition, process: Forked | subprocess.Popen, *, timeout: float = 300) -> bool:
     """Until `condition()` holds or the process ends: whether it held."""
     end = time.monotonic() + timeout

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -183,7 +184,7 @@ def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
 
 
 TAKE = """
-import sys, time
+import sys
 from pathlib import Path
 from distill.core.owners import Owner
 from distill.runs import claims
@@ -191,13 +192,15 @@ from distill.runs.run_store import RunPaths
 claims.GRACE = 0.5
 with claims.claim(RunPaths(Path(sys.argv[1])), "teach", Owner.this("12", int(sys.argv[2]))):
     print("taken", flush=True)
-    time.sleep(float(sys.argv[3]))
+    sys.stdin.read()
 """
 
 
-def take(run, restart, seconds):
-    command = [sys.executable, "-c", TAKE, str(run.root), str(restart), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def take(run, restart):
+    """A process that takes over the stage, if it can, and holds it until its stdin is closed."""
+    command = [sys.executable, "-c", TAKE, str(run.root), str(restart)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, **pipes, text=True)
 
 
 @pytest.mark.process
@@ -205,9 +208,12 @@ def test_of_several_that_take_over_exactly_one_does(tmp_path):
     run = make_run(tmp_path)
     held_by(run, "teach", Owner("elsewhere", "b", 7, "1", "12", 0))
     for _ in range(2):
-        racers = [take(run, 1, 1.5) for _ in range(5)]
+        racers = [take(run, 1) for _ in range(5)]
+        deadline = time.monotonic() + 100
+        while sum(racer.poll() is None for racer in racers) > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert sorted(racer.communicate()[0] for racer in racers) == [""] * 4 + ["taken\n"]
-        killed = take(run, 1, 60)
+        killed = take(run, 1)
         assert killed.stdout.readline() == "taken\n"
         killed.send_signal(signal.SIGKILL)
         killed.communicate()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from choices import few
 from commands import command
-from runs import folder_bytes, make_run, wait_for
+from runs import alive, folder_bytes, make_run, wait_for
 
 import distill as package
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
@@ -145,14 +145,6 @@ def parent(tmp_path):
             with suppress(ProcessLookupError):
                 os.killpg(each.process.pid, signal.SIGKILL)
             each.process.communicate()
-
-
-def alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def gone(environments, seconds=20):

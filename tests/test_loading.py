@@ -14,7 +14,7 @@ import torch
 import yaml
 from commands import command
 from PIL import Image
-from runs import distill, kill, start, wait_for
+from runs import alive, distill, kill, start, wait_for
 
 from distill import data, pairs
 from distill.core.errors import InputError, RunError
@@ -49,14 +49,6 @@ def parts(batch):
 def same(a, b):
     a, b = parts(a), parts(b)
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
-
-
-def alive(pid):
-    """Whether a process still runs. A zombie, which its parent has not waited for, does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def children(pid):
