@@ -1,7 +1,7 @@
 """The inputs of a stage: its teacher, its data, the paths to solve. `batches` has the batches to train on."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.printing import say_error
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
-from distill.data import DataSet, load_data
+from distill.data import DataSet, load_data, load_prompts
 from distill.data.encoded import codec_of, sample_shape, scaled_for
 from distill.exchange import student_card
 from distill.flow.codecs import PIXELS
@@ -63,6 +63,8 @@ class Inputs:
     """where teacher, data and prompts were read, or their kinds, for messages"""
     prompts: UsedCache | None = None
     """the cache with the conditions of the teacher, if the run has one"""
+    texts: Sequence[str] | None = None
+    """the prompts of that cache, in its order, for metrics that look at them"""
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
@@ -80,11 +82,14 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     loaded = {role: _loaded(each, spec.teacher, device) for role, each in given.items() if each is not None}
     teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
     data = _data(run, resolved, name, teacher, indexed=indexed) if "data" in needs else None
+    texts = None
+    if isinstance(stage, EvaluateStage) and stage.metrics and "prompts" in used:
+        texts = load_prompts(spec.data, run.root if indexed else run.root.parent, indexed=indexed)
     if (prompts := used.get("prompts")) is not None:
         cached.refuse_other(run, prompts, conditions.read(prompts.place(run.root.parent)).digest)
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     places = _places(run, spec, used, given.get("teacher"))
-    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts)
+    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts, texts)
 
 
 def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -> LoadedTeacher:
@@ -122,13 +127,13 @@ def _data(
     InputError if another autoencoder than the teacher's has made them.
     """
     spec, used = resolved.spec, cached.of_run(run, resolved.spec).get("latents")
-    if used is None or not cacheuse.reads_latents(resolved, name):
-        read = spec.data if isinstance(spec.stages[name], TrainStage) else spec.data.in_one_size()
-        return load_data(read, spec.seed, run.root if indexed else run.root.parent, indexed=indexed)
-    digest = None if teacher is None else teacher.codec.digest
-    found = caches.open_latents(used.place(run.root.parent), spec.seed, codec_digest=digest)
-    cached.refuse_other(run, used, found.digest)
-    return found
+    if used is not None and cacheuse.reads_latents(resolved, name):
+        digest = None if teacher is None else teacher.codec.digest
+        found = caches.open_latents(used.place(run.root.parent), spec.seed, codec_digest=digest)
+        cached.refuse_other(run, used, found.digest)
+        return found
+    read = spec.data if isinstance(spec.stages[name], TrainStage) else spec.data.in_one_size()
+    return load_data(read, spec.seed, run.root if indexed else run.root.parent, indexed=indexed)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 Modules for evaluation are imported where they are used: their libraries take seconds to import, on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,10 +13,9 @@ from distill.core import file_checksums
 from distill.core.atomic import write_json
 from distill.core.errors import RunError
 from distill.core.stop import StopRequest
-from distill.data import load_prompts, update_index
+from distill.data import update_index
 from distill.execution import caching, devices, sources, train_stage
 from distill.execution.caching import Caching
-from distill.execution.sources import Inputs
 from distill.execution.work import Work
 from distill.runs import cached
 from distill.runs.run_store import RunPaths, append_event
@@ -137,13 +136,6 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     return {"count": stage.count, "pairs": str(folder)}
 
 
-def _prompts(work: Work, inputs: Inputs) -> Sequence[str] | None:
-    """The prompts of the teacher's conditions; None if they are not those of the run's own cache."""
-    if inputs.prompts is None:
-        return None
-    return load_prompts(work.spec.data, work.run.root.parent) if inputs.data is None else inputs.data.prompts
-
-
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
@@ -162,7 +154,7 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             like=work.teacher,
-            prompts=_prompts(work, inputs) if stage.metrics else None,
+            prompts=inputs.texts,
         )
         rounds_table.say(found, work.run, progress)
     for student in stage.students:
