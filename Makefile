@@ -23,7 +23,7 @@ SYSTEM ?=
 quickstart: $(VENV)/.train ## trains a teacher and a one-step student
 	$(BIN)/distill quickstart
 
-emoji: $(VENV)/.train weights ## trains a text-to-image teacher of emoji, in about two hours, unless the store has it
+emoji: $(VENV)/.train weights ## trains a text-to-image teacher of emoji, in about 90 minutes, unless the store has it
 	$(BIN)/distill emoji
 
 weights: | $(BIN)/python

@@ -6,11 +6,11 @@ from distill.core.collection import importing
 from distill.core.printing import say
 from distill.runs.run_store import RunPaths
 
-PRESET, FOLDER, TEACHER = "emoji-teacher", "emoji", "teacher"
+PRESET, FOLDER, TEACHER = "emoji", "emoji-teacher", "teacher"
 
 
 def emoji(store: StoreOption = None) -> None:
-    """From drawings of emoji to a text-to-image pipeline in STORE/emoji/teacher, in about two hours on a CPU.
+    """From drawings of emoji to a text-to-image pipeline in STORE/emoji-teacher/teacher, in about 90 minutes on a CPU.
 
     Ctrl-C stops it, and the same command goes on.
     """
@@ -19,7 +19,7 @@ def emoji(store: StoreOption = None) -> None:
     if not (place / TEACHER).exists():
         with importing():
             from distill.emoji import build
-        say(f"makes the emoji teacher in {near(place)}, in about two hours on 2 CPU cores")
+        say(f"makes the emoji teacher in {near(place)}, in about 90 minutes on 2 CPU cores")
         say("Ctrl-C stops it, and the same command goes on")
         build.prepare(place)
         changes = [f"teacher.path={place / build.UNTRAINED}", f"data.path={place / build.IMAGES}"]

@@ -37,10 +37,10 @@ def untrained() -> AutoencoderKL:
         return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(32, 64, 96),
+            block_out_channels=(16, 32, 64),
             layers_per_block=1,
             latent_channels=4,
-            norm_num_groups=16,
+            norm_num_groups=8,
             mid_block_add_attention=False,
         )
 

