@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import alive
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -30,15 +31,20 @@ def complete(folder):
 
 @pytest.fixture
 def run(program):
-    """run(folder, seconds) makes sets in a process that is killed after so many seconds: its exit code."""
+    """run(folder, shards, seconds) makes sets in a process, and returns its exit code.
+
+    The process is killed so many seconds after the folder has so many shards, if any number is given.
+    """
     server = subprocess.Popen(
         [sys.executable, PROGRAMS / program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def make(folder, seconds=None):
+    def make(folder, shards=None, seconds=0.0):
         print(folder, file=server.stdin, flush=True)
         process = int(server.stdout.readline())
-        if seconds is not None:
+        if shards is not None:
+            while alive(process) and len(list(folder.rglob("shard-*.safetensors"))) < shards:
+                time.sleep(0.002)
             time.sleep(seconds)
             with contextlib.suppress(ProcessLookupError):  # at its end already
                 os.kill(process, signal.SIGKILL)
@@ -71,8 +77,8 @@ def test_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, run, sets, kills)
         assert len(list(folder.glob("shard-*"))) == 32 and json.loads((folder / "manifest.json").read_text())["done"]
 
     moments, folder, codes, inodes = random.Random(0), tmp_path / "killed", [], {}
-    for _ in range(kills):
-        codes.append(run(folder, moments.uniform(0, 1.6 * duration / kills)))
+    for made in sorted(moments.sample(range(24 * len(sets)), kills)):  # of 32 in each set
+        codes.append(run(folder, made, moments.uniform(0, 2 * duration / (32 * len(sets)))))
         shards = list(folder.rglob("shard-*.safetensors"))
         for path in shards:
             assert path.read_bytes() == whole[str(path.relative_to(folder))], f"{path.name} is not whole"
