@@ -94,7 +94,9 @@ def run(tmp_path, *workers, reference):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param([], id="alone"), pytest.param(["-n", "2"], id="workers", marks=pytest.mark.long)]
+)
 def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
     done = run(tmp_path, *workers, reference=100.0)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -37,6 +37,7 @@ def checkpoints(run, stage):
     return any(run.stage(stage).checkpoints.glob("step-*"))
 
 
+@pytest.mark.long
 def test_the_table_holds_what_the_files_hold(capfd, tmp_path):
     run = RunPaths(tmp_path / "runs" / "one")
     done = distill(*COMPARE, "--name", "one", cwd=tmp_path)

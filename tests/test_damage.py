@@ -387,7 +387,7 @@ def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
     put(run.stage("evaluate").root / "results.json", found())
     assert run_status.students(run) == {"teach": CARD}
     assert results.of_run(run)["evaluate"].rows[0].picture == "pictures/teacher.png"
-    assert results.picture(run.stage("evaluate").root, results.of_run(run)["evaluate"].rows[0]) is None
+    assert results.picture(run.stage("evaluate").root, results.of_run(run)["evaluate"].rows[0].picture) is None
     assert "The teacher reaches RMS to the teacher" in report_page.write(run).read_text()  # though 0 has no logarithm
     put(run.comparison, " " * (2**24 + 1))
     with pytest.raises(InputError, match="comparison.json cannot be read: it has more than 16,777,216 bytes"):

@@ -58,6 +58,7 @@ def test_pairs_of_a_teacher_on_the_disk_are_the_same_bytes(folder, tmp_path, par
     assert "meta device" not in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_stages_of_a_run_give_the_same_with_half_the_memory(folder, tmp_path, monkeypatch):
     """Pairs and evaluation; their teacher's other half is on the disk while they are computed."""
     given = SPEC.model_copy(update={"teacher": CheckpointTeacher(path=str(folder))})

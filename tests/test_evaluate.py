@@ -385,7 +385,8 @@ def test_the_teacher_is_measured_at_other_guidance_scales(image_run):
 
     def at(scale, *others):
         changed = spec.model_dump(mode="json")
-        changed["stages"]["evaluate"] |= {"guidance_scale": scale, "guidance_scales": others, "students": {}}
+        few = {"students": {}, "teacher_steps": [], "baselines": []}
+        changed["stages"]["evaluate"] |= {"guidance_scale": scale, "guidance_scales": others, **few}
         return go(run, RunSpec.model_validate(changed))
 
     found, guided = at(1.0, 2.0), at(2.0)

@@ -91,6 +91,7 @@ def test_damaged_copies_are_replaced(tmp_path, monkeypatch):
     assert list(promptindex.read(path).prompts) == ["a", "bc"]
 
 
+@pytest.mark.long
 def test_memory_is_about_the_bytes_of_the_prompts(tmp_path):
     count, path = 200_000, tmp_path / "a.txt"
     path.write_text("".join(f"prompt number {i:08}\n" for i in range(count)))

@@ -85,6 +85,7 @@ def process_of(job):
 # --- the same workflow, here and there ---
 
 
+@pytest.mark.long
 def test_a_workflow_makes_the_same_bytes_as_on_one_machine(capfd, cluster, local):
     """While one part of the array is queued again, and the process of the other is killed."""
     submit(capfd, "mix.yaml", "--nodes=2", "--pairs-jobs=2")

@@ -717,6 +717,7 @@ def test_the_small_sample_is_refused_exactly_where_the_large_one_is(tmp_path, ki
                 network(torch.zeros(1, 1, side, 64), 0)
 
 
+@pytest.mark.long
 def test_a_network_of_many_levels_needs_a_large_sample_and_a_large_network_says_so(tmp_path, capfd, monkeypatch):
     narrow(9, "DownBlock2D", "UpBlock2D").save_pretrained(tmp_path)
     edit(tmp_path / "config.json", sample_size=1024)

@@ -82,6 +82,12 @@ class ImageData:
         images = default_collate([each.pixels for each in found])  # in shared memory, if this process is a worker
         return Items(images, labels, torch.tensor([each.sizes for each in found]))
 
+    def with_label(self, label: int) -> int | None:
+        """The first readable item with a label."""
+        rows = np.flatnonzero(self._index.labels == label)
+        usable = rows[~np.isin(rows, self._readable.unusable)]
+        return int(self._readable.before(usable[:1])[0]) if len(usable) else None
+
     def _item(self, i: int, epoch: int) -> Cropped:
         """Returns the i-th readable image, or the next one of its bucket if that image is damaged.
 

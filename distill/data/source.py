@@ -81,6 +81,13 @@ class NamesSkipped(Protocol):
     def unusable(self, most: int) -> tuple[int, list[str]]: ...  # how many; the first, at most `most`, and why if known
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """A data set that can be searched for a label."""
+
+    def with_label(self, label: int) -> int | None: ...  # the first item that has it; None: there is none
+
+
 class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 

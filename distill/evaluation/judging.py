@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from torch import Tensor
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.data import DataSet
+from distill.evaluation import order
 from distill.evaluation.metrics import own
 from distill.evaluation.metrics.frechet import frechet
 from distill.evaluation.metrics.own import OwnMetric
 from distill.evaluation.metrics.reference import Reference
-from distill.flow.conditioning import ConditionTable
 from distill.flow.draws import permutation
 from distill.spec.samplingspec import EvaluateStage
 from distill.teachers import LoadedTeacher
@@ -176,18 +177,19 @@ def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[i
 
 
 def _texts(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Sequence[str]:
-    """The text of each condition. InputError if prompts that are used are not known."""
-    if not isinstance(teacher.given, ConditionTable):
+    """The texts that samples use in turn. InputError if prompts that are used are not known."""
+    used = order.of_stage(stage, teacher, prompts)
+    if used is None:
         return [str(number) for number in range(teacher.num_classes or 0)] or [""]
-    count = teacher.given.count
-    captions = [each for each in teacher.given.prompts if len(each) < CAPTION]  # longer ones were cut
-    known = captions if prompts is None else prompts
-    if len(known) < min(count, stage.samples):
+    known = used.texts
+    if prompts is None:  # captions, of which long ones were cut
+        known = list(takewhile(lambda text: len(text) < CAPTION, known))
+    if max(used.numbers) >= len(known):
         raise InputError(
-            f"metrics need the prompts of all samples, but only {len(known)} of {count} are known; give them to "
-            "`distill eval --prompts`, or use prompts or captions of the spec's data with a cache stage"
+            f"metrics need the prompts of all samples, but only {len(known)} of {used.count} are known; give them to "
+            " `distill eval --prompts`, or use prompts or captions of the spec's data with a cache stage"
         )
-    return known
+    return [known[number] for number in used.numbers]
 
 
 def _real(pixels: DataSet, order: list[int], stop: StopRequest) -> Iterator[tuple[Tensor, Sequence[str]]]:

@@ -21,15 +21,14 @@ from distill.core.errors import InputError
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet
-from distill.data.encoded import sample_shape, scaled_for
-from distill.evaluation import decoded, judging, row_plans, shared_rows
+from distill.data.encoded import scaled_for
+from distill.evaluation import compatible, decoded, judging, order, row_plans, shared_rows
 from distill.evaluation.judging import Judges
-from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_exact, of_images, pixels_of
+from distill.evaluation.order import PromptOrder
 from distill.evaluation.pictures import REPORT_PIXELS, columns_for, images_png, scatter_png
 from distill.evaluation.row_plans import Plan, fine_plan, shortest
 from distill.flow import dopri5
-from distill.flow.conditioning import ConditionTable
 from distill.flow.draws import sample_noise
 from distill.flow.solvers import straightness
 from distill.flow.times import uniform_grid
@@ -50,8 +49,6 @@ from distill.students.sampling import (
     of_field,
     of_student,
     of_teacher,
-    refuse_other_times,
-    refuse_steps,
 )
 from distill.teachers import LoadedTeacher
 
@@ -114,7 +111,7 @@ def measure(
     exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
     prompts: of the teacher's conditions, for the stage's metrics; None: only their captions are known.
     """
-    _check(stage, teacher, students, data)
+    compatible.check(stage, teacher, students, data)
     pixels = None if data is None else pixels_of(scaled_for(data, teacher.codec), teacher.codec, device)
     judges = judging.of_stage(stage, teacher, pixels, prompts, device, stop)
     try:
@@ -122,12 +119,12 @@ def measure(
             (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
-    exact = exact or teacher.exact_data
+    exact, used = exact or teacher.exact_data, order.of_stage(stage, teacher, prompts)
     if data is not None:
         reference = None if pixels is None else of_images(pixels, folder)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
-    work = _Work(folder, stage, teacher, students, reference, judges, seed, device, progress, stop, store)
+    work = _Work(folder, stage, teacher, students, reference, judges, used, seed, device, progress, stop, store)
     plans = row_plans.plans(stage, teacher, students, store, device)
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
@@ -148,45 +145,14 @@ def measure(
         vector=len(teacher.shape) == 1,
         latents=not teacher.codec.is_identity,
         real=judges.of_real() if judges else {},
-        captions=list(teacher.conditioning.prompts) if isinstance(teacher.conditioning, ConditionTable) else [],
+        captions=used.first_texts(order.COLUMNS * order.LINES) if used else [],
+        picture_columns=None if used is None else used.columns,
+        real_picture=None if used is None or pixels is None else order.real_picture(folder, used, pixels),
         rows=rows,
     )
     write_json(folder / FILE_NAME, results.model_dump(mode="json"))
     work.endpoint_path.unlink(missing_ok=True)
     return results
-
-
-def refuse_few(data: DataSet) -> None:
-    """InputError if there are too few images for the metrics."""
-    if len(data) <= NEIGHBOURS:
-        raise InputError(
-            f"data '{data.name}' has {len(data)} images, but an evaluation needs at least {NEIGHBOURS + 1}, since it "
-            f"compares each with its {NEIGHBOURS} nearest neighbours"
-        )
-
-
-def _check(
-    stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
-) -> None:
-    """InputError if networks and data cannot be compared. Called before anything is written."""
-    assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "checks.check"
-    for name, student in students.items():
-        if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
-            raise InputError(
-                f"student {name} makes samples of shape {list(student.shape)} with {student.num_classes or 'no'} "
-                f"classes, but the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
-                "compare a student with its own teacher"
-            )
-        refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
-        if stage.times.get(name):
-            refuse_other_times(student, f"times.{name}")
-    if data is not None:
-        refuse_few(data)
-    if data is not None and sample_shape(data, teacher.codec) != teacher.shape:
-        raise InputError(
-            f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
-            f"makes {list(teacher.shape)}; evaluate on data of the teacher's shape"
-        )
 
 
 @dataclass(frozen=True)
@@ -197,12 +163,20 @@ class _Work:
     students: Mapping[str, LoadedStudent]
     reference: Reference | None
     judges: Judges | None
+    order: PromptOrder | None
     seed: int
     device: torch.device
     progress: Progress
     stop: StopRequest
     store: Path
     straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # cached, by role and network
+
+    @property
+    def _layout(self) -> tuple[int, int]:
+        """Columns and lines of a picture of images."""
+        if self.order is not None:
+            return self.order.columns, order.LINES
+        return columns_for(10 * PICTURE_ROWS, self.teacher.num_classes), PICTURE_ROWS
 
     @property
     def endpoint_path(self) -> Path:
@@ -259,7 +233,10 @@ class _Work:
             pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done
         found, seconds, calls = [], 0.0, []
-        for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
+        used = self.order.numbers if self.order else None
+        for made in blocks(
+            method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device, conditions=used
+        ):
             found.append(made.samples)
             calls += [] if made.calls is None else [made.calls]
             seconds += made.seconds * len(made.samples)
@@ -269,8 +246,8 @@ class _Work:
 
     def _measure(self, plan: Plan, made: Block, endpoint: Tensor) -> Row:
         samples, (steps, nfe, most) = made.samples, self._cost(plan, made.calls)
-        columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
-        count = PICTURE_POINTS if samples.ndim == 2 else columns * PICTURE_ROWS
+        columns, lines = self._layout
+        count = PICTURE_POINTS if samples.ndim == 2 else columns * lines
         found = decoded.seen(samples, self.teacher.codec, self.reference, self.judges, count, self.device)
         laws = self.reference.measure(found.features) if self.reference and found.features is not None else {}
         picture = self._picture_name(plan)
@@ -353,7 +330,7 @@ class _Work:
         for start in range(0, count, self.stage.block):
             indices = range(start, min(start + self.stage.block, count))
             noise = sample_noise(self.seed, indices, network.shape).to(self.device)
-            cond = condition(network, indices, self.device)
+            cond = condition(network, indices, self.device, self.order.numbers if self.order else None)
             total += len(indices) * straightness(velocity, noise, cond, STRAIGHTNESS_STEPS)
         return total / count
 
@@ -379,6 +356,7 @@ class _Work:
         facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
         facts += [self.judges.identity] if self.judges else []
         facts += [f"guidance {plan.guidance_scale}"] if plan.guidance_scale is not None else []
+        facts += [digest] if self.order and (digest := self.order.digest) else []
         facts += [stage.fine_tolerance] if stage.fine_tolerance is not None else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -72,6 +72,8 @@ class Evaluation:
     """folder with the pictures that are not shown; "": all are shown"""
     captions: list[str]
     """the prompts of the first samples"""
+    picture_columns: int | None
+    """of pictures that are shown in the order of these prompts"""
     groups: GroupTable | None
 
 
@@ -184,17 +186,19 @@ def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture],
     """
     what, more = results.distance or "RMS", False
     pictures: dict[str, Picture] = {}
+    shown = [("real images", "", results.real_picture, "real")] if results.real_picture else []
     for row in results.rows:
-        if row.picture in pictures or (png := picture(folder, row, room)) is None:
+        note = f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}"
+        shown.append((row.label, note, row.picture, row.role))
+    for title, note, name, role in shown:
+        if name in pictures or (png := picture(folder, name, room)) is None:
             continue
         if not png:
             more = True
             continue
         room -= len(png)
-        note = f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}"
-        pictures[row.picture] = Picture(
-            row.label, note, _image(png, "png"), row.role, not results.vector and _width(png) <= MAGNIFIED
-        )
+        is_small = not results.vector and _width(png) <= MAGNIFIED
+        pictures[name] = Picture(title, note, _image(png, "png"), role, is_small)
     return list(pictures.values()), more, room
 
 
@@ -214,6 +218,7 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
         more=more,
         groups=_groups(results),
         captions=[printable(each) for each in results.captions],
+        picture_columns=results.picture_columns,
     )
 
 

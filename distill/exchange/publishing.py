@@ -260,7 +260,7 @@ def samples(chosen: ChosenStudent) -> bytes:
     if not rows:
         return b""
     fewest = min(rows, key=lambda row: row.steps)
-    return results.picture(chosen.run.stage(stage).root, fewest) or b""
+    return results.picture(chosen.run.stage(stage).root, fewest.picture) or b""
 
 
 def _ancestry(spec: RunSpec, stage: str) -> list[str]:

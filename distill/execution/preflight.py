@@ -113,10 +113,10 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             _check_field(teacher, spec, stage, prompts)
         if isinstance(stage, EvaluateStage) and data is not None:
-            from distill.evaluation import measuring
+            from distill.evaluation import compatible
 
-            measuring.refuse_few(data)
-        if isinstance(stage, EvaluateStage) and stage.metrics:
+            compatible.refuse_few(data)
+        if isinstance(stage, EvaluateStage) and (stage.metrics or stage.pictured):
             from distill.evaluation import judging
             from distill.evaluation.metrics import own
 

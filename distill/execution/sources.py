@@ -64,7 +64,7 @@ class Inputs:
     prompts: UsedCache | None = None
     """the cache with the conditions of the teacher, if the run has one"""
     texts: Sequence[str] | None = None
-    """the prompts of that cache, in its order, for metrics that look at them"""
+    """the prompts of that cache, in its order, for an evaluation"""
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
@@ -83,7 +83,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     teacher, weak, own = loaded.get("teacher"), loaded.get("weak"), loaded.get("own")
     data = _data(run, resolved, name, teacher, indexed=indexed) if "data" in needs else None
     texts = None
-    if isinstance(stage, EvaluateStage) and stage.metrics and "prompts" in used:
+    if isinstance(stage, EvaluateStage) and "prompts" in used:
         texts = load_prompts(spec.data, run.root if indexed else run.root.parent, indexed=indexed)
     if (prompts := used.get("prompts")) is not None:
         cached.refuse_other(run, prompts, conditions.read(prompts.place(run.root.parent)).digest)

@@ -127,6 +127,10 @@ class Results(FrozenModel):
     """the scores of real images by the metrics of the user"""
     captions: Annotated[list[Line], Field(max_length=1000)] = []
     """the prompts of the first pictures, which samples use in turn; empty: there are none, or they are not known"""
+    picture_columns: Annotated[int, Field(ge=1, le=100)] | None = None
+    """of pictures, which show the first samples in the order of their prompts; null: there are no prompts"""
+    real_picture: PictureName | None = None
+    """file of real images of these prompts; null: there are none"""
     rows: list[Row] = Field(min_length=1, max_length=10_000)
 
     @model_validator(mode="after")
@@ -215,12 +219,12 @@ def of_run(run: RunPaths) -> dict[str, Results]:
     return {name: results for name, results in found.items() if results is not None}
 
 
-def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
-    """The PNG file with a row's first samples; None if it no longer exists, b"" if it has more than `room` bytes.
+def picture(folder: Path, name: str, room: int = PICTURE_BYTES) -> bytes | None:
+    """The PNG file of a picture; None if it no longer exists, b"" if it has more than `room` bytes.
 
     Raises InputError if it is not a PNG file or is outside of `folder`. folder: the folder of the results.
     """
-    path = folder / row.picture
+    path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path} cannot be used: it links out of its folder; delete it, and evaluate again")

@@ -177,6 +177,8 @@ class EvaluateStage(FrozenModel):
     features; see distill/evaluation/metrics/own.py"""
     medians: list[FunctionName] = []
     """those of metrics of whose scores the median is shown, not the mean"""
+    pictured: list[Line] = []
+    """prompts of the data whose samples are shown, beside a real image of each; empty: the first prompts"""
     prompt_groups: dict[Name, list[Line]] = {}
     """also show the scores of metrics for prompts with certain words, like {colours: [red, blue], counts: [two]}"""
 

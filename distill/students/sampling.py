@@ -232,9 +232,18 @@ def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], coun
 
 
 def blocks(
-    method: Method, like: LoadedTeacher | LoadedStudent, *, seed: int, count: int, block: int, device: torch.device
+    method: Method,
+    like: LoadedTeacher | LoadedStudent,
+    *,
+    seed: int,
+    count: int,
+    block: int,
+    device: torch.device,
+    conditions: Sequence[int] | None = None,
 ) -> Iterator[Block]:
-    """Samples 0 to count - 1, `block` at a time, in the shape and with the classes of `like`.
+    """Samples 0 to count - 1, `block` at a time, in the shape and with the conditions of `like`.
+
+    conditions: numbers of conditions that samples use in turn; None: all.
 
     The last block is filled up with further samples, which are dropped: the values of a sample must not depend on
     `count`. RunError if a sample is not finite.
@@ -243,7 +252,7 @@ def blocks(
         indices = range(start, start + block)
         noise = sample_noise(seed, indices, like.shape).to(device)
         fresh = [each.to(device) for each in fresh_noises(seed, indices, like.shape, method.fresh)]
-        cond = condition(like, indices, device)
+        cond = condition(like, indices, device, conditions)
         _wait(device)
         before = time.perf_counter()
         calls: Tensor | None = None
@@ -260,12 +269,24 @@ def blocks(
         yield Block(samples, seconds, None if calls is None else calls[: count - start].cpu())
 
 
-def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
-    """The conditions of the samples `indices`, whose classes take turns; empty for an unconditional network."""
+def condition(
+    network: LoadedTeacher | LoadedStudent,
+    indices: Sequence[int],
+    device: torch.device,
+    conditions: Sequence[int] | None = None,
+) -> Cond:
+    """The conditions of the samples `indices`; empty for an unconditional network.
+
+    conditions: numbers of conditions that samples use in turn; None: all.
+    """
     conditioning = network.conditioning
     if conditioning.count is None:
         return {}
-    return conditioning.collate(sample_labels(indices, conditioning.count).to(device))
+    if conditions is None:
+        labels = sample_labels(indices, conditioning.count)
+    else:
+        labels = torch.tensor([conditions[i % len(conditions)] for i in indices])
+    return conditioning.collate(labels.to(device))
 
 
 def _wait(device: torch.device) -> None:
