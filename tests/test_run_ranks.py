@@ -181,6 +181,7 @@ def compare(digests):
             print(error, flush=True)
 
 
+@pytest.mark.long
 def test_ranks_that_read_different_data_do_not_train(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

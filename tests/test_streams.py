@@ -375,6 +375,7 @@ for run, section in json.loads(sys.argv[1]):
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_a_hub_id_is_streamed_at_the_commit_that_a_run_began_with(tmp_path):
     old, new = pictures(tmp_path / "old", [0, 3, 1]), pictures(tmp_path / "new", [2, 2])
     (tmp_path / "plain").mkdir()

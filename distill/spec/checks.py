@@ -222,7 +222,9 @@ def _guidance(found: Resolved, stage: NetworkStage, settings: FieldSettings, whe
         )
     if not settings.needs_null or not isinstance(teacher, TrainStage) or recipe is None:
         return
-    given = f"{where}.guidance_scale: {settings.guidance_scale:g} given, but"
+    swept = isinstance(stage, EvaluateStage) and settings.guidance_scale in stage.guidance_scales
+    field = "guidance_scales" if swept else "guidance_scale"
+    given = f"{where}.{field}: {settings.guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (
             f"{given} the student of '{stage.teacher}' has no unconditional prediction, because it was trained only "
