@@ -222,6 +222,7 @@ def test_rows_along_other_times(vector_run):
     assert found.row("exact", 1).straightness is None, "it was never shown the times between its own"
 
 
+@pytest.mark.long
 def test_the_teacher_is_measured_with_further_solvers(vector_run):
     """Stochastic ones too. The rows that are there already are not measured again."""
     before = go(vector_run, vector_spec(students={"exact": [1]}))
@@ -347,6 +348,7 @@ def test_rows_of_the_teacher_are_shared_by_the_runs_of_a_store(vector_run, tmp_p
     assert [timeless(row) for row in go(third, spec).rows] == [timeless(row) for row in first.rows]
 
 
+@pytest.mark.long
 def test_a_fitted_solver_of_the_store_is_a_baseline(vector_run, tmp_path):
     """One step, fitted to a Gaussian, is exact: no student can do better."""
     spec = vector_spec(students={"exact": [1, 2]}, teacher_steps=[])

@@ -283,6 +283,7 @@ def test_vp_network_ships_its_wrapper(tmp_path):
         assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 def test_a_flow_map_of_a_vp_network_is_exported_as_the_velocity_it_starts_as(tmp_path):
     """Jumps with an untrained second time are Euler steps: in the folder, and in what is loaded again."""
     velocity, _ = export_vp(tmp_path / "v")
@@ -303,6 +304,7 @@ def test_a_flow_map_of_a_vp_network_is_exported_as_the_velocity_it_starts_as(tmp
         assert (theirs - euler.sample(velocity, noise, uniform_grid(steps), {})).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 def test_a_velocity_with_its_acceleration_is_exported_for_a_vp_network_too(tmp_path):
     """Untrained, its velocity is the network's, and it ships in the same one file."""
     velocity, _ = export_vp(tmp_path / "v")

@@ -125,6 +125,7 @@ def test_it_is_fitted_once_and_kept(capfd, here, monkeypatch):
     assert damaged.code == 2 and "cannot be used" in damaged.err and "delete it" in damaged.err
 
 
+@pytest.mark.long
 def test_a_student_of_it_has_the_weights_of_the_teacher(capfd, here):
     asked = ["schedule", "teacher", "--steps", "2", "--fit", "--samples", "48", "--out", "student"]
     done = command(capfd, *asked)

@@ -173,12 +173,14 @@ def fetched(tmp_path_factory) -> Fetched:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["both", *(pytest.param(name, marks=pytest.mark.long) for name in ("named", "files"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["both", "named", "files"])
 def test_a_job_reads_what_the_hub_had_when_it_was_submitted(fetched, name):
     """The hub is gone, its branches had moved before, the store lies elsewhere, and the user's caches are empty."""
     assert read_by_job(fetched.store / name, fetched.hub) == fetched.online[name]
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_a_branch_that_moves_is_another_commit_for_later_runs_alone(fetched):
     before, after = (prefetch.read(RunPaths(fetched.store / name)) for name in ("both", "later"))
@@ -212,6 +214,7 @@ def test_a_stage_makes_the_same_pairs_without_a_network(fetched, tmp_path):
     assert len(pairs) == 3
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_what_was_fetched_is_not_fetched_again(fetched):
     """For a name, the hub is asked for its commit; for a commit, it is not asked at all; what is new is fetched."""
@@ -224,6 +227,7 @@ def test_what_was_fetched_is_not_fetched_again(fetched):
     assert all(f"/org/tiny/resolve/{commit}/" in request for request in fetched_files), "no file of another commit"
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_the_store_holds_what_is_read_and_nothing_else(fetched):
     teacher, data = prefetch.read(RunPaths(fetched.store / "both"))

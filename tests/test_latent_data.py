@@ -83,6 +83,7 @@ def test_pairs_from_data_belong_to_an_autoencoder(folder, tmp_path):
         solving(folder, tmp_path, "forward", dtype="uint8")
 
 
+@pytest.mark.long
 def test_an_evaluated_row_belongs_to_an_autoencoder(folder, tmp_path):
     """A row of the teacher is taken from another evaluation only if that decoded with the same autoencoder."""
     options = {"students": {}, "teacher_steps": [1], "samples": 16, "block": 8, "fine_steps": 1}
@@ -101,6 +102,7 @@ def test_an_evaluated_row_belongs_to_an_autoencoder(folder, tmp_path):
     assert load(folder).digest == load(folder, vae=other_autoencoder(folder)).digest
 
 
+@pytest.mark.long
 def test_training_data_belongs_to_an_autoencoder(folder, tmp_path):
     """Ranks compare the digest of the autoencoder, and a stage is resumed only with the same one."""
     teacher = {"path": str(folder)}

@@ -104,7 +104,13 @@ def test_the_text_encoders_are_gone_before_the_network_is_loaded(capfd, place, h
 
 
 @pytest.mark.long
-def test_an_evaluation_encodes_prompts_too(capfd, place, here):
+def test_an_evaluation_encodes_prompts_too(capfd, place, here, tmp_path, monkeypatch):
+    (tmp_path / "lengths.py").write_text("""
+import torch
+def length(images, prompts):
+    return torch.tensor([float(len(each)) for each in prompts])
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
     rows = ["--samples", "16", "--steps", "1", "--teacher-steps", "1", "--baselines", "none", "--data", "none"]
     given = ["eval", str(place / "student"), *rows, "--teacher", str(place / "teacher"), "--device", "cpu"]
     done = command(capfd, *given, "--prompts", str(place / "prompts.txt"), "--out", "a", "--json")
@@ -114,9 +120,31 @@ def test_an_evaluation_encodes_prompts_too(capfd, place, here):
     found, expected = (json.loads(each.out) for each in (done, again))
     assert found["captions"] == PROMPTS and expected["captions"] == [] and found["latents"]
     assert [row["rms"] for row in found["rows"]] == pytest.approx([row["rms"] for row in expected["rows"]], rel=1e-4)
+    more = ["--metrics", "lengths:length", "--guidance-scales", "2", "--guidance-scale", "3"]
+    done = command(capfd, *given, "--prompts", str(place / "prompts.txt"), *more, "--out", "d", "--json")
+    found = json.loads(done.out)
+    lengths = [len(PROMPTS[number % len(PROMPTS)]) for number in range(16)]
+    assert {row["metrics"]["length"] for row in found["rows"]} == {sum(lengths) / 16}
+    assert found["guidance_scale"] == 3
+    (swept,) = (row for row in found["rows"] if row["guidance_scale"] == 2)
+    assert swept["solver"] == "heun" and swept["rms"] > 0
     done = command(capfd, *given, "--out", "c")
     assert done.err.endswith("error: student takes prompts; give some with --prompt or --prompts, or with --teacher "
         "'{path: TEACHER, conditions: FILE}' a FILE that `distill encode` has made\n")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--guidance-scales", "1"], "--guidance-scales: 1 is measured already; list each other scale once"),
+        (["--guidance-scales", "a"], "--guidance-scales a: give numbers separated by commas, like 1,0.5,0"),
+        (["--guidance-scale", "-1"], "--guidance-scale: -1.0 given; must be at least 0"),
+        (["--metrics", "a:x,b:x"], "--metrics: two functions are named 'x', which names their columns; rename one"),
+    ],
+)
+def test_what_an_evaluation_cannot_measure_is_one_message(capfd, place, here, given, said):
+    done = command(capfd, "eval", str(place / "student"), *given, "--out", "a")
+    assert (done.code, done.err) == (2, f"error: {said}\n")
 
 
 def test_an_evaluation_leaves_the_defaults_of_the_next_one_unchanged(capfd, place, here):

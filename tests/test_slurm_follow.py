@@ -116,6 +116,7 @@ def test_cancel_at_once_and_by_slurms_own_command(capfd, cluster, here):
         assert command_line(capfd, "status", name).out.startswith(f"{name}  cancelled")
 
 
+@pytest.mark.long
 def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     command_line(capfd, "submit", "mix.yaml", "--pairs-jobs=2", HELD)
     members = [name for job in jobs.submitted(named("mix")) for name in job.members]

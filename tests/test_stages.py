@@ -477,6 +477,7 @@ def with_map(tmp_path):
     return {**REFLOW, "recipe": "./map.py"}
 
 
+@pytest.mark.long
 def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
     jumps = with_map(tmp_path)
     evaluate = {"kind": "evaluate", "students": {"map": [1, 2], "again": [2]}, "samples": 16, "fine_steps": 2,
@@ -541,6 +542,7 @@ BOSS = {**REFLOW, "recipe": "reflow/boss"}
 OPTIMAL = {**PAIRS, "paths": "trajectories", "solver": "euler", "steps": 12, "optimal_times": 3}
 
 
+@pytest.mark.long
 def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     """The pairs stage finds the times, the store keeps them, the pairs and the student have them."""
     teacher = {"kind": "gaussian", "mean": [0.0, 0.0], "std": [0.3**0.5, 0.3**0.5]}

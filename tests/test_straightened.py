@@ -141,12 +141,12 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
 @pytest.mark.long
 def test_the_chart_of_rounds_is_the_same_each_time():
     curves = {"SW2": [charts.Curve("1 step", [1, 2], [2.0, 1.0])], "transport": [charts.Curve("t", [0, 1], [1.0, 1.0])]}
-    first = charts.rounds(curves)
-    assert first == charts.rounds(curves)
+    first = charts.panels(curves, "round")
+    assert first == charts.panels(curves, "round")
     wide = charts.losses([charts.Curve("loss", [0, 1, 2], [1e4, 0.3, 1e-5])], "images")
     assert ">0.01<" in wide and ">100<" in wide
     steep = [charts.Curve("loss", [0, 1, 2], [3.0, 0.3, 0.02])]
-    for drawn in (charts.rounds({"SW2": steep}), charts.losses(steep, "images")):
+    for drawn in (charts.panels({"SW2": steep}, "round"), charts.losses(steep, "images")):
         assert ">0.02<" in drawn and ">2<" in drawn and "mathdefault" not in drawn, (
             "numbers beside the axis are numbers"
         )

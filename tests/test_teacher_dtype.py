@@ -70,7 +70,7 @@ def latents(tmp_path, name: str, dtype: str):
     return load(write(tmp_path / name, make()), size=[16, 24], conditions=path, dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd", "pixels"])
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd", "pixels"))])
 def test_everything_that_is_trained_is_in_float32(tmp_path, name):
     def read(dtype: str):
         return pixels(tmp_path, dtype) if name == "pixels" else latents(tmp_path, name, dtype)

@@ -60,9 +60,7 @@ def test_right_specs_pass():
     for name in presets.names():
         source = specfile.load(presets.find(name))
         if name in MADE:
-            with pytest.raises(
-                InputError, match=f"^spec '{name}': teacher.path: there is no folder {MADE[name]};"
-            ):
+            with pytest.raises(InputError, match=f"^spec '{name}': teacher.path: there is no folder {MADE[name]};"):
                 checks.check(source.spec, source.base)
         else:
             checks.check(source.spec, source.base)

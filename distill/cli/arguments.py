@@ -15,8 +15,17 @@ from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.runs import cached, todo
 from distill.runs.run_store import RunPaths
-from distill.spec import checks, schema, specfile
-from distill.spec.model import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
+from distill.spec import checks, evalchecks, schema, specfile
+from distill.spec.model import (
+    CheckpointTeacher,
+    DataSpec,
+    EvaluateStage,
+    LaunchSpec,
+    RunSpec,
+    TeacherSpec,
+    TrainStage,
+    is_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +75,14 @@ def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
     except ValidationError as error:
         mistakes = schema.explain(error, model, content)
     raise InputError("\n  ".join(map(as_option, mistakes)))
+
+
+def evaluation(content: dict[str, Any]) -> EvaluateStage:
+    """An evaluate stage from options, with the checks that a spec has."""
+    found = stage(EvaluateStage, content)
+    if mistakes := list(evalchecks.mistakes(found, "")):
+        raise InputError("\n  ".join(map(as_option, mistakes)))
+    return found
 
 
 def as_option(mistake: str) -> str:

@@ -128,6 +128,15 @@ def evaluate(
             "They return scores or features."
         ),
     ] = None,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", help="Classifier-free guidance scale of the teacher; 1: no guidance.")
+    ] = 1.0,
+    guidance_scales: Annotated[
+        str | None,
+        typer.Option(
+            "--guidance-scales", help="Also measure the teacher with its fine solver at these scales, e.g. 1,3,5."
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Samples per row of the table; by default 2500, or 256 of latents.")
     ] = None,
@@ -141,22 +150,21 @@ def evaluate(
 
     runs, texts = store_path(store), prompt_options.given(prompt, prompts)
     folder = arguments.student(student, runs)
-    from distill.spec.model import EvaluateStage
-
     card = student_card.read(folder)
     counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
     size = {**(LATENTS if card.is_native else {"samples": 2500}), **({} if samples is None else {"samples": samples})}
     functions = [] if metrics is None else [each.strip() for each in metrics.split(",")]
     content = {"kind": "evaluate", "students": {"student": counts}, "baselines": named, "metrics": functions, **size}
+    content |= {"guidance_scale": guidance_scale}
+    if guidance_scales is not None:
+        content["guidance_scales"] = arguments.fractions("--guidance-scales", guidance_scales)
     refuse_schedule(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else arguments.times("--times", times)]
         also = {"student": ways} if card.kind == "velocity" and not card.t_grids else {}
         content |= {"times": {"teacher": ways, **also}}
-    stage = arguments.stage(
-        EvaluateStage, content | {"teacher_steps": arguments.steps("--teacher-steps", teacher_steps)}
-    )
+    stage = arguments.evaluation(content | {"teacher_steps": arguments.steps("--teacher-steps", teacher_steps)})
     encoders = arguments.prompted_teacher(teacher, card, folder, runs) if texts else None
     given = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder, prompted=bool(texts))
     data_spec = arguments.data(data) if data else arguments.data_of(folder)

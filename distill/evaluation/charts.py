@@ -110,27 +110,27 @@ def quality(results: Results) -> str:
         return _svg(figure)
 
 
-def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
-    """Panels with the values of each reflow round, by title. Round 0 is the first teacher."""
+def panels(curves: Mapping[str, Sequence[Curve]], label: str) -> str:
+    """Panels with few values each, by title. label: of their horizontal axes."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.3 * len(panels), 2.6), layout="constrained")
+        figure = Figure(figsize=(3.3 * len(curves), 2.6), layout="constrained")
         FigureCanvasSVG(figure)
-        for i, (title, curves) in enumerate(panels.items()):
-            axes = figure.add_subplot(1, len(panels), i + 1)
-            for place, curve in enumerate(curves):
+        for i, (title, shown) in enumerate(curves.items()):
+            axes = figure.add_subplot(1, len(curves), i + 1)
+            for place, curve in enumerate(shown):
                 colour = STUDENTS[place % len(STUDENTS)]
                 axes.plot(curve.at, curve.values, "-o", color=colour, ms=4, lw=1.4, label=curve.name)
-            values = [value for curve in curves for value in curve.values]
+            values = [value for curve in shown for value in curve.values]
             if min(values) > 0 and max(values) > 20 * min(values):
                 axes.set_yscale("log")
                 _plain_powers(axes.yaxis)
             else:
                 axes.set_ylim(0, 1.1 * max(values) or 1)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
-            axes.set_xlabel("round", fontsize=8)
+            axes.set_xlabel(label, fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.tick_params(labelsize=8)
-            if len(curves) > 1:
+            if len(shown) > 1:
                 axes.legend(frameon=False, fontsize=8)
         return _svg(figure)
 

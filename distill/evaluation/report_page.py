@@ -25,6 +25,8 @@ MAX_CURVES = 3  # per stage
 MAX_NAMES = 50  # logged values per stage that are read, from which the curves are chosen
 MAX_WARNINGS = 100
 MAX_PICTURES = 64 * 2**20  # bytes of all embedded pictures together
+MAX_PANELS = 5  # of the chart of guidance scales
+NO_PANEL = "KID-", "precision-"  # columns that say much the same as others
 MAGNIFIED = 1200  # pixels; wider pictures are of large images, which are smoothed when they are shown smaller
 
 
@@ -66,6 +68,8 @@ class Evaluation:
     columns: list[str]
     rows: list[tuple[Row, list[str]]]
     chart: str
+    guidance: str
+    """chart of the teacher at several guidance scales; "": it was measured at one only"""
     pictures: list[Picture]
     straightness: list[tuple[str, str, float]]  # network, value or a dash, width of the bar in percent
     more: str
@@ -210,6 +214,7 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
         columns=columns(results),
         rows=[(row, cells(results, row)) for row in results.rows],
         chart=_image(charts.quality(results).encode(), "svg+xml"),
+        guidance=_guidance(results),
         pictures=pictures,
         straightness=[
             (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
@@ -220,6 +225,26 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
         captions=[printable(each) for each in results.captions],
         picture_columns=results.picture_columns,
     )
+
+
+def swept(results: Results) -> dict[str, list[Curve]]:
+    """The teacher's values at several guidance scales, by name; empty if it was measured at one only."""
+    (fine,) = (row for row in results.rows if row.fine and row.role == "teacher")
+    rows = {row.guidance_scale: row for row in results.rows if row.guidance_scale is not None}
+    if not rows:
+        return {}
+    rows = dict(sorted({results.guidance_scale: fine, **rows}.items()))
+    values = {results.distance or "RMS": [row.value for row in rows.values()]}
+    for name in fine.metrics:
+        known = [row.metrics[name] for row in rows.values() if name in row.metrics]
+        if len(known) == len(rows) and not name.startswith(NO_PANEL):
+            values[name] = known
+    return {name: [Curve("teacher", list(rows), each)] for name, each in list(values.items())[:MAX_PANELS]}
+
+
+def _guidance(results: Results) -> str:
+    panels = swept(results)
+    return _image(charts.panels(panels, "guidance scale").encode(), "svg+xml") if panels else ""
 
 
 def _groups(results: Results) -> GroupTable | None:
@@ -237,14 +262,14 @@ def _groups(results: Results) -> GroupTable | None:
 def _rounds(found: list[Round]) -> Rounds | None:
     if not found:
         return None
-    panels = {
+    panels = {  # round 0 is the first teacher
         title: [Curve(name, *zip(*points, strict=True)) for name, points in curves.items()]
         for title, curves in rounds_table.curves(found).items()
     }
     return Rounds(
         columns=rounds_table.columns(found),
         rows=[(each.after.network, rounds_table.cells(found, each)) for each in found],
-        chart=_image(charts.rounds(panels).encode(), "svg+xml") if panels else "",
+        chart=_image(charts.panels(panels, "round").encode(), "svg+xml") if panels else "",
         warnings=[each.warning for each in found if each.warning],
     )
 
