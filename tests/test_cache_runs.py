@@ -467,6 +467,7 @@ def ranks(run: RunPaths, *names: str) -> list[Forked]:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_two_ranks_that_are_killed_go_on_to_the_bytes_of_one_process(folder, made, tmp_path):
     """And a student is trained and measured from what they have made."""

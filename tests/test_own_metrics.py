@@ -29,6 +29,7 @@ from distill.networks.velocity import VelocityStudent
 from distill.runs import results
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, specfile
+from distill.spec.dataspec import DigitsData
 from distill.spec.model import RunSpec, UNetSpec
 from distill.spec.samplingspec import EvaluateStage
 from distill.students import sampling
@@ -211,7 +212,8 @@ def test_prompts_are_passed_in_turn(module):
     def of(*captions, prompts=None, samples=70):
         table = ConditionTable(HeldRows({"states": torch.zeros(3, 2)}), None, {}, prompts=captions)
         asked = stage(samples, f"{module}:label")
-        return judging.of_stage(asked, replace(teacher, given=table), None, prompts, CPU, StopRequest())
+        prepared = judging.prepare(asked, replace(teacher, given=table), prompts)
+        return judging.with_real(prepared, asked, None, CPU, StopRequest(), Path())
 
     for judges in (of(prompts=["5", "6", "7"]), of("5", "6", "7")):
         assert judges.judge(torch.zeros(4, 1, 8, 8), 2)["label"].tolist() == [7, 5, 6, 7]
@@ -219,7 +221,7 @@ def test_prompts_are_passed_in_turn(module):
         with pytest.raises(InputError, match=r"metrics need the prompts of all samples, but only \d of 3 are known"):
             of(*captions)
     with pytest.raises(InputError, match=r"metrics: some_metrics:label has no effect: .* has no images"):
-        judging.of_stage(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None, None, CPU, StopRequest())
+        judging.prepare(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None)
 
 
 def test_numbers_that_cannot_be_compared(module):
@@ -267,10 +269,40 @@ def test_scores_of_groups_of_prompts(untrained, module):
     assert "<th>five: brightness</th>" in page and f"<td>{results.number(fives)}</td>" in page
     with pytest.raises(InputError, match=r"prompt_groups.x: none of the 10 prompts has one of the words \['12'\]"):
         go(untrained, spec(f"{module}:label", prompt_groups={"x": ["12"]}))
+    with pytest.raises(InputError, match="prompt_groups: has no effect, because all metrics return features"):
+        go(untrained, spec(f"{module}:halves", prompt_groups=groups))
     with pytest.raises(InputError, match="prompt_groups: has no effect without metrics"):
         checks.check(spec(prompt_groups=groups), Path.cwd())
     with pytest.raises(InputError, match=r"prompt_groups.x: \[\] given; must be words, like \[red, blue\]"):
         checks.check(spec("a:b", prompt_groups={"x": []}), Path.cwd())
+
+
+def test_values_of_real_images_are_kept(untrained, module):
+    """They are read again, unless the images or the metrics are others, or the file is damaged."""
+    data, asked = load_data(DigitsData(kind="digits"), 0), stage(70, f"{module}:brightness")
+    seen = []
+
+    class Counted:
+        name, shape, digest, prompts = data.name, data.shape, "d", None
+
+        def __len__(self):
+            return len(data)
+
+        def items(self, epoch, indices):
+            seen.extend(indices)
+            return data.items(epoch, indices)
+
+    def real(samples=70):
+        changed = asked.model_copy(update={"samples": samples})
+        prepared = judging.Prepared([own.load(f"{module}:brightness")], ["a"], {})
+        return judging.with_real(prepared, changed, Counted(), CPU, StopRequest(), folder).real["brightness"]
+
+    folder = untrained.root
+    first = real()
+    assert len(seen) == 70 and torch.equal(real(), first) and len(seen) == 70
+    assert len(real(71)) == 71 and len(seen) == 141
+    (folder / judging.REAL).write_bytes(b"damaged")
+    assert torch.equal(real(), first) and len(seen) == 211
 
 
 def test_diversity_is_the_distance_within_a_prompt(untrained, module):

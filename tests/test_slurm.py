@@ -46,7 +46,7 @@ def disturb(cluster, run, job, why):
 @pytest.mark.parametrize(
     ("procs", "zero", "reasons"),
     [
-        (1, "null", ["preempted", "node failure"]),
+        (1, "null", ["preempted"]),
         pytest.param(1, "null", list(ENDS), marks=pytest.mark.long),
         pytest.param(2, "2", list(ENDS), marks=pytest.mark.long),
     ],

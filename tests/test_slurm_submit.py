@@ -294,6 +294,7 @@ def test_all_jobs_are_queued_or_none(capfd, cluster, here, monkeypatch):
 # --- the package, and the lead ---
 
 
+@pytest.mark.long
 def test_an_edited_package_does_not_change_a_queued_job(cluster, here):
     copy = here / "copy"
     for name in ("distill", "recipes", "slurm"):

@@ -104,30 +104,41 @@ def _trained(device: torch.device) -> tuple[Comparer, list[str], Tensor]:
     """The network, all captions, and their vectors [N, 256]."""
     captions = [text for _, text in drawings.captioned()]
     path = Path(torch.hub.get_dir()) / "distill" / f"emoji-comparer-{VERSION}.safetensors"
-    comparer = Comparer()
-    try:
-        comparer.load_state_dict(load_file(path))
-    except FileNotFoundError:
+    if (comparer := _kept(path)) is None:
         comparer = train()
-    except (SafetensorError, OSError, RuntimeError):
-        warn(f"{path} is damaged; the network that compares images with captions is trained again")
-        comparer = train()
-    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, in_safetensors(comparer.state_dict(), {}))
     comparer.to(device).eval().requires_grad_(False)
     return comparer, captions, comparer.of_texts(sentences(captions, device))
 
 
+def _kept(path: Path) -> Comparer | None:
+    """The network in a file; None if there is none, or if it is damaged."""
+    comparer = _untrained()
+    try:
+        comparer.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, RuntimeError):
+        warn(f"{path} is damaged; the network that compares images with captions is trained again")
+        return None
+    return comparer
+
+
+def _untrained() -> Comparer:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key("emoji comparer", VERSION))
+        return Comparer()
+
+
 @torch.enable_grad()
 def train() -> Comparer:
     """The network, trained on the drawings of the training part on the CPU, so that it is the same everywhere."""
-    found, texts = _of_training_part()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key("emoji comparer", VERSION))
-        comparer = Comparer()
-        comparer.mean.copy_(found.mean(0))
-        comparer.std.copy_(found.std(0) + 1e-6)
+    (found, texts), comparer = _of_training_part(), _untrained()
+    comparer.mean.copy_(found.mean(0))
+    comparer.std.copy_(found.std(0) + 1e-6)
+    with torch.random.fork_rng(devices=[]):  # of dropout
+        torch.default_generator.manual_seed(key("emoji comparer dropout", VERSION))
         optimizer = torch.optim.AdamW(comparer.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
         for epoch in range(EPOCHS):
             for rows in permutation(len(found), "emoji comparer", epoch).split(BATCH):

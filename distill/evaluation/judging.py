@@ -4,12 +4,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import takewhile
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.data import DataSet
@@ -19,12 +25,15 @@ from distill.evaluation.metrics.frechet import frechet
 from distill.evaluation.metrics.own import OwnMetric
 from distill.evaluation.metrics.reference import Reference
 from distill.flow.draws import permutation
+from distill.flow.tensor_bytes import in_safetensors
+from distill.runs.progress import Progress
 from distill.spec.samplingspec import EvaluateStage
 from distill.teachers import LoadedTeacher
 from distill.teachers.conditions import CAPTION
 
 CHUNK = 64  # images that a function gets at once
 MOST_COMPARED = 1000  # images whose distances from each other are measured: of one prompt, or real ones
+REAL = "real.safetensors"  # in the folder of the results
 COLUMNS = {"distance": "FD", "kid": "KID", "precision": "precision", "recall": "recall"}  # of a metric's features
 
 
@@ -140,28 +149,46 @@ def prepare(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str]
     return Prepared(metrics, texts, _groups(stage, texts))
 
 
-def of_stage(
+def with_real(
+    found: Prepared,
     stage: EvaluateStage,
-    teacher: LoadedTeacher,
     pixels: DataSet | None,
-    prompts: Sequence[str] | None,
     device: torch.device,
     stop: StopRequest,
-) -> Judges | None:
-    """The metrics of a stage, with what they say of real images. None and errors: see `prepare`.
+    folder: Path,
+) -> Judges:
+    """The metrics of a stage, with what they say of real images.
 
-    pixels: the real images; None: there are none.
+    pixels: the real images; None: there are none. folder: where the values of real images are kept.
     """
-    found = prepare(stage, teacher, prompts)
-    if found is None:
-        return None
     identity: list[object] = [[each.name, each.statistic, each.digest] for each in found.metrics]
     identity += [stage.prompt_groups] if found.groups else []
     if pixels is None:
         return Judges(found.metrics, found.texts, device, {}, json.dumps(identity), found.groups)
-    order = permutation(len(pixels), "judged", pixels.digest)[: stage.samples].tolist()
-    real = judged(found.metrics, device, _real(pixels, order, stop))
-    return Judges(found.metrics, found.texts, device, real, json.dumps([*identity, pixels.digest]), found.groups)
+    identity.append(pixels.digest)
+    path, key = folder / REAL, sha256(json.dumps([identity, stage.samples, device.type]).encode()).hexdigest()
+    if (real := _kept(path, key)) is None:
+        order = permutation(len(pixels), "judged", pixels.digest)[: stage.samples].tolist()
+        real = judged(found.metrics, device, _real(pixels, order, stop))
+        with suppress(OSError):  # without it, they are computed again
+            write_atomic(path, in_safetensors(real, {"key": key}))
+    if found.groups and all(each.ndim > 1 for each in real.values()):
+        raise InputError(
+            "prompt_groups: has no effect, because all metrics return features, and groups show scores; remove it, or "
+            "add a metric that returns a score for each image"
+        )
+    return Judges(found.metrics, found.texts, device, real, json.dumps(identity), found.groups)
+
+
+def _kept(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The values of real images from an earlier process; None if there are none, or if others were asked for."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[int]]:
@@ -194,9 +221,11 @@ def _texts(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] 
 
 def _real(pixels: DataSet, order: list[int], stop: StopRequest) -> Iterator[tuple[Tensor, Sequence[str]]]:
     """Real images, and their prompts or class ids."""
-    for start in range(0, len(order), CHUNK):
-        stop.raise_if_requested("the finished rows of the evaluation")
-        images, labels, _ = pixels.items(0, order[start : start + CHUNK])
-        numbers = [] if labels is None else labels.tolist()
-        texts = [str(each) if pixels.prompts is None else pixels.prompts[each] for each in numbers]
-        yield images, texts or [""] * len(images)
+    with Progress("real images", len(order), "images", None) as progress:
+        for start in range(0, len(order), CHUNK):
+            stop.raise_if_requested("the finished rows of the evaluation")
+            images, labels, _ = pixels.items(0, order[start : start + CHUNK])
+            numbers = [] if labels is None else labels.tolist()
+            texts = [str(each) if pixels.prompts is None else pixels.prompts[each] for each in numbers]
+            yield images, texts or [""] * len(images)
+            progress.update(start + len(images), {})
