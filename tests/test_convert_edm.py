@@ -251,6 +251,7 @@ def test_any_protocol_of_pickle_is_read(tmp_path, protocol):
     assert facts["module"]["modules"]["model"]["options"] == DDPM
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_the_command_converts_one_and_refuses_a_harmful_one(capfd, tmp_path):
     file, new = tmp_path / "x.pkl", tmp_path / "new"

@@ -174,6 +174,7 @@ def test_a_latent_pipeline_in_a_subfolder_is_read_in_one_variant_with_its_autoen
     assert {path.relative_to(copy / "a" / "b").as_posix() for path in copy.rglob("*") if path.is_file()} == fetched
 
 
+@pytest.mark.long
 def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
     """By default, by name, and by the commit that the name stood for."""
     sha = solved.hub.commits["models/org/tiny"]["v2"].sha

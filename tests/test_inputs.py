@@ -246,6 +246,7 @@ def test_the_store_holds_what_is_read_and_nothing_else(fetched):
 # --- refused ---
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
     tiny, some = pipeline(tmp_path / "tiny", 0), pictures(tmp_path / "some", [0, 1])
