@@ -12,7 +12,7 @@ from distill.runs.run_store import RunPaths
 
 PRESET, FOLDER, TEACHER = "emoji", "emoji-teacher", "teacher"
 SHORT = "short"  # sub-folder of FOLDER
-FEW = "stages.teach.images=1280", "stages.teach.export=256", "stages.teach.ema_half_lives=[256]"
+FEW = ["images=1280", "export=256", "ema_half_lives=[256]", "optimizer.warmup_images=256"]  # of the stage teach
 FEW_STEPS = 60  # of the autoencoder
 
 
@@ -37,7 +37,8 @@ def emoji(
         build.prepare(place, FEW_STEPS if short else None)
         changes = [f"teacher.path={place / build.UNTRAINED}", f"data.path={place / build.IMAGES}"]
         name = f"{PRESET}-{SHORT}" if short else None
-        source = start.find(PRESET, [*changes, *(FEW if short else ())], name)
+        changes += [f"stages.teach.{each}" for each in FEW] if short else []
+        source = start.find(PRESET, changes, name)
         run = RunPaths(runs.absolute() / source.spec.name)
         if run.spec.is_file():
             work.execute(*start.resume(run, source))

@@ -19,6 +19,7 @@ from distill.core.stop import StopRequest
 from distill.flow.draws import Rows, StepDraw, key
 from distill.flow.tensor_bytes import in_safetensors
 from distill.runs.progress import Progress
+from distill.teachers.quiet import without_bars
 
 FACTOR = 4  # by which latents are smaller than images, in height and width
 BATCH = 16
@@ -136,7 +137,7 @@ def _export(folder: Path, network: AutoencoderKL, images: Tensor) -> None:
     latents = network.encode(in_range(apart)).latent_dist.mean
     network.register_to_config(scaling_factor=1 / latents.std().item())
     try:
-        with new_folder(folder) as new:
+        with new_folder(folder) as new, without_bars():
             network.save_pretrained(new)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; nothing was kept") from error

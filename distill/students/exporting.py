@@ -3,7 +3,6 @@
 The same weights and card give the same bytes, so that students can be compared by their files.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
 from diffusers.utils import HF_MODULES_CACHE
-from diffusers.utils import logging as diffusers_logging
 from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from distill.students import native, native_folder, shipped, stock
 from distill.students.loaded import KINDS, Student
 from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, uses_table, weights
 from distill.teachers.loaded import Packaging
+from distill.teachers.quiet import quiet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
@@ -164,16 +163,3 @@ def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Context manager: turn off the progress bar and the warnings of diffusers."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()

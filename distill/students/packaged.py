@@ -15,10 +15,10 @@ from distill.exchange import manifest, student_card
 from distill.exchange.student_card import StudentCard
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import native_folder, stock, whole
-from distill.students.exporting import quiet
 from distill.students.stock_check import CheckedStudent, check, size_of
 from distill.teachers import checkpoint, layout, pipeline_index
 from distill.teachers.of_students import student_as_teacher
+from distill.teachers.quiet import quiet
 from distill.teachers.read import parse, short
 
 OWN = (*layout.NETWORKS, layout.SECOND, "scheduler")  # components that students have

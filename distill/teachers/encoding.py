@@ -1,8 +1,7 @@
 """Encodes prompts by the text encoders of a teacher's pipeline. Its network is not loaded."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
@@ -10,14 +9,12 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from distill.core.errors import InputError
 from distill.flow.conditioning import HeldRows
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import conditions, files, pipeline_index, weights
+from distill.teachers import conditions, files, pipeline_index, quiet, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
@@ -154,7 +151,7 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype, *, i
     needed = [each.name for each in signature(pipeline_class).parameters.values() if each.default is Parameter.empty]
     left_out = {name: None for name in (*needed, *parts.components) if name not in kept}
     try:
-        with _without_bars():
+        with quiet.without_bars():
             pipeline = pipeline_class.from_pretrained(
                 parts.pipeline,
                 dtype=dtype,
@@ -172,19 +169,6 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype, *, i
     network = weights.without_weights(parts.model, facts.content, facts.network_class)
     setattr(pipeline, parts.model.name, UnloadedNetwork(network.config, dtype))
     return TextEncoders(pipeline, convention, facts, found.digest if identify else "")
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Context manager: the libraries show no progress bars for each component."""
-    kinds = (diffusers_logging, transformers_logging)
-    for each in kinds:
-        each.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for each in kinds:
-            each.enable_progress_bar()
 
 
 def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
