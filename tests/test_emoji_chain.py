@@ -38,7 +38,8 @@ def cut(stages, place) -> list[str]:
             found += [f"stages.{name}.{field}=64" for field in ("images", "export")]
             found += [f"stages.{name}.ema_half_lives=[64]", f"stages.{name}.optimizer.warmup_images=32"]
     found += [f"stages.guided.{field}" for field in ("count=64", "block=32", "shard=64", "steps=2")]
-    return found + [f"stages.evaluate.{field}" for field in ("samples=32", "block=32", "fine_steps=2")]
+    few = "samples=32", "block=32", "fine_steps=2", "prompt_groups={skin_tones: [skin tone]}"
+    return found + [f"stages.evaluate.{field}" for field in few]
 
 
 @pytest.fixture(scope="module")

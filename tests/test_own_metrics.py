@@ -132,6 +132,7 @@ def test_scores_are_averaged_and_features_compared_with_real_images(untrained, m
     text = console.export_text()
     assert f"Real images: brightness {found.real['brightness']:.4f}, label" in " ".join(text.split())
     assert "FD-halves" in text and f"{row.metrics['FD-halves']:.4f}" in text
+    assert "KID-halves" not in text and "KID, precision and recall of your metrics are in the report" in text
     assert results.card_metrics(found, "student")["label@1"] == 4.5
 
 

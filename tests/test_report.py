@@ -295,11 +295,11 @@ def test_prompts_are_listed_as_text_and_large_pictures_are_smoothed(run):
 def test_the_teacher_at_several_guidance_scales_is_a_chart(run):
     """One panel for the distance, and one for each metric that all rows have; in the order of the scales."""
     results = make_results()
-    fine = results.rows[3].model_copy(update={"metrics": {"rank": 2.0, "KID-net": 0.1, "diversity-net": 0.5}})
+    fine = results.rows[3].model_copy(update={"metrics": {"rank": 2.0, "KID-net": 0.1, "FD-net": 0.5}})
     swept = [
         measured_row(
             "teacher", "teacher", "heun", 16, 31, distance, guidance_scale=scale,
-            metrics={"rank": 10.0 * scale, "KID-net": 0.2}, picture=f"pictures/{scale:g}.png",
+            metrics={"rank": 10.0 * scale, "KID-net": 0.2, "FD-net": 2.0}, picture=f"pictures/{scale:g}.png",
         )
         for scale, distance in ((5.0, 7.0), (0.5, 9.0))
     ]  # fmt: skip
@@ -309,6 +309,8 @@ def test_the_teacher_at_several_guidance_scales_is_a_chart(run):
     assert panels == {
         "FD-digits": ([0.5, 1.0, 5.0], [9.0, 5.3, 7.0]),
         "rank": ([0.5, 1.0, 5.0], [5.0, 2.0, 50.0]),
+        "FD-net": ([0.5, 1.0, 5.0], [2.0, 0.5, 2.0]),
     }
+    assert list(panels) == ["FD-digits", "rank", "FD-net"], "scores before features"
     finish(run, found)
     assert "The teacher at several guidance scales" in report_page.write(run).read_text()

@@ -12,8 +12,8 @@ from distill.runs.run_store import RunPaths
 
 PRESET, FOLDER, TEACHER = "emoji", "emoji-teacher", "teacher"
 SHORT = "short"  # sub-folder of FOLDER
-FEW = ["images=1280", "export=256", "ema_half_lives=[256]", "optimizer.warmup_images=256"]  # of the stage teach
-FEW_STEPS = 60  # of the autoencoder
+FEW = ["images=640", "export=256", "ema_half_lives=[256]", "optimizer.warmup_images=256"]  # of the stage teach
+FEW_STEPS = 40  # of the autoencoder
 
 
 def emoji(

@@ -17,7 +17,19 @@ from distill.evaluation.curves import Thinned
 from distill.reports import comparison_table, rounds_table
 from distill.reports.rounds_table import Round
 from distill.runs import machine
-from distill.runs.results import Results, Row, calls, cells, columns, describe, number, of_run, picture, verdicts
+from distill.runs.results import (
+    BESIDE_FD,
+    Results,
+    Row,
+    calls,
+    cells,
+    columns,
+    describe,
+    number,
+    of_run,
+    picture,
+    verdicts,
+)
 from distill.runs.run_store import RunPaths, read_events
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
@@ -25,8 +37,8 @@ MAX_CURVES = 3  # per stage
 MAX_NAMES = 50  # logged values per stage that are read, from which the curves are chosen
 MAX_WARNINGS = 100
 MAX_PICTURES = 64 * 2**20  # bytes of all embedded pictures together
-MAX_PANELS = 5  # of the chart of guidance scales
-NO_PANEL = "KID-", "precision-"  # columns that say much the same as others
+OF_FEATURES = "FD-", "diversity-"  # columns of features
+MAX_PANELS = 4  # of the chart of guidance scales
 MAGNIFIED = 1200  # pixels; wider pictures are of large images, which are smoothed when they are shown smaller
 
 
@@ -235,9 +247,9 @@ def swept(results: Results) -> dict[str, list[Curve]]:
         return {}
     rows = dict(sorted({results.guidance_scale: fine, **rows}.items()))
     values = {results.distance or "RMS": [row.value for row in rows.values()]}
-    for name in fine.metrics:
+    for name in sorted(fine.metrics, key=lambda name: name.startswith(OF_FEATURES)):  # scores first
         known = [row.metrics[name] for row in rows.values() if name in row.metrics]
-        if len(known) == len(rows) and not name.startswith(NO_PANEL):
+        if len(known) == len(rows) and not name.startswith(BESIDE_FD):
             values[name] = known
     return {name: [Curve("teacher", list(rows), each)] for name, each in list(values.items())[:MAX_PANELS]}
 

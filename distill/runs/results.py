@@ -16,6 +16,7 @@ from distill.spec.kinds import BASELINE
 
 FILE_NAME = "results.json"
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
+BESIDE_FD = "KID-", "precision-", "recall-"  # columns of features that a narrow place leaves out
 PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 
 
@@ -334,15 +335,20 @@ def table(results: Results) -> Table:
     shown = Table(
         title=f"evaluation '{results.stage}'", caption=describe(results) + verdicts(results), title_justify="left"
     )
+    names = columns(results)
+    kept = [place for place, name in enumerate(names) if not name.startswith(BESIDE_FD)]
+    if len(kept) < len(names):
+        shown.caption = f"{shown.caption} KID, precision and recall of your metrics are in the report."
     shown.add_column("network")
     shown.add_column("steps", justify="right")
-    for name in columns(results):
-        shown.add_column(name, justify="right")
+    for place in kept:
+        shown.add_column(names[place], justify="right")
     previous = results.rows[0].network
     for row in results.rows:
         if row.network != previous:
             shown.add_section()
         previous = row.network
         style = "bold" if row.role == "student" else None
-        shown.add_row(row.label, str(row.steps), *cells(results, row), style=style)
+        found = cells(results, row)
+        shown.add_row(row.label, str(row.steps), *(found[place] for place in kept), style=style)
     return shown
