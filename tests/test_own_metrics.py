@@ -213,8 +213,7 @@ def test_prompts_are_passed_in_turn(module):
     def of(*captions, prompts=None, samples=70):
         table = ConditionTable(HeldRows({"states": torch.zeros(3, 2)}), None, {}, prompts=captions)
         asked = stage(samples, f"{module}:label")
-        prepared = judging.prepare(asked, replace(teacher, given=table), prompts)
-        return judging.with_real(prepared, asked, None, CPU, StopRequest(), Path())
+        return judging.of_stage(asked, replace(teacher, given=table), None, prompts, CPU, StopRequest(), Path())[0]
 
     for judges in (of(prompts=["5", "6", "7"]), of("5", "6", "7")):
         assert judges.judge(torch.zeros(4, 1, 8, 8), 2)["label"].tolist() == [7, 5, 6, 7]
@@ -295,8 +294,10 @@ def test_values_of_real_images_are_kept(untrained, module):
 
     def real(samples=70):
         changed = asked.model_copy(update={"samples": samples})
-        prepared = judging.Prepared([own.load(f"{module}:brightness")], ["a"], {})
-        return judging.with_real(prepared, changed, Counted(), CPU, StopRequest(), folder).real["brightness"]
+        judges, _ = judging.of_stage(
+            changed, exact.teacher(exact.FIELD, (1, 8, 8)), Counted(), None, CPU, StopRequest(), folder
+        )
+        return judges.real["brightness"]
 
     folder = untrained.root
     first = real()

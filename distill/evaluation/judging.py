@@ -24,6 +24,7 @@ from distill.evaluation.metrics import own
 from distill.evaluation.metrics.frechet import frechet
 from distill.evaluation.metrics.own import OwnMetric
 from distill.evaluation.metrics.reference import Reference
+from distill.evaluation.order import PromptOrder
 from distill.flow.draws import permutation
 from distill.flow.tensor_bytes import in_safetensors
 from distill.runs.progress import Progress
@@ -131,25 +132,45 @@ class Prepared:
     """What a stage asks for, as far as it is known before there are samples. See `Judges`."""
 
     metrics: Sequence[OwnMetric]
-    texts: Sequence[str]
-    groups: Mapping[str, frozenset[int]]
+    order: PromptOrder | None
+    texts: Sequence[str] = ()
+    groups: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
 
-def prepare(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Prepared | None:
-    """Loads the metrics of a stage; None if it has none. InputError if they cannot be loaded or used.
+def prepare(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Prepared:
+    """Loads the metrics of a stage and orders its prompts. InputError if one of them cannot be used.
 
     prompts: of the teacher's conditions, in their order; None: only their captions are known.
     """
+    used = order.of_stage(stage, teacher, prompts)
     if not stage.metrics:
-        return None
+        return Prepared([], used)
     metrics = [own.load(each, stage.medians) for each in stage.metrics]
     if len(teacher.codec.pixels(teacher.shape)) != 3:
         raise InputError(f"metrics: {stage.metrics[0]} has no effect: {teacher.description} has no images")
-    texts = _texts(stage, teacher, prompts)
-    return Prepared(metrics, texts, _groups(stage, texts))
+    texts = _texts(teacher, used, are_captions=prompts is None)
+    return Prepared(metrics, used, texts, _groups(stage, texts))
 
 
-def with_real(
+def of_stage(
+    stage: EvaluateStage,
+    teacher: LoadedTeacher,
+    pixels: DataSet | None,
+    prompts: Sequence[str] | None,
+    device: torch.device,
+    stop: StopRequest,
+    folder: Path,
+) -> tuple[Judges | None, PromptOrder | None]:
+    """The metrics of a stage, with what they say of real images, and the order of its prompts; None without them.
+
+    pixels: the real images; None: there are none. folder: where the values of real images are kept. Prompts and errors:
+    see `prepare`.
+    """
+    found = prepare(stage, teacher, prompts)
+    return (_with_real(found, stage, pixels, device, stop, folder) if found.metrics else None), found.order
+
+
+def _with_real(
     found: Prepared,
     stage: EvaluateStage,
     pixels: DataSet | None,
@@ -157,10 +178,6 @@ def with_real(
     stop: StopRequest,
     folder: Path,
 ) -> Judges:
-    """The metrics of a stage, with what they say of real images.
-
-    pixels: the real images; None: there are none. folder: where the values of real images are kept.
-    """
     identity: list[object] = [[each.name, each.statistic, each.digest] for each in found.metrics]
     identity += [stage.prompt_groups] if found.groups else []
     if pixels is None:
@@ -171,6 +188,7 @@ def with_real(
         order = permutation(len(pixels), "judged", pixels.digest)[: stage.samples].tolist()
         real = judged(found.metrics, device, _real(pixels, order, stop))
         with suppress(OSError):  # without it, they are computed again
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, in_safetensors(real, {"key": key}))
     if found.groups and all(each.ndim > 1 for each in real.values()):
         raise InputError(
@@ -203,13 +221,15 @@ def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[i
     return found
 
 
-def _texts(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> Sequence[str]:
-    """The texts that samples use in turn. InputError if prompts that are used are not known."""
-    used = order.of_stage(stage, teacher, prompts)
+def _texts(teacher: LoadedTeacher, used: PromptOrder | None, *, are_captions: bool) -> Sequence[str]:
+    """The texts that samples use in turn. InputError if prompts that are used are not known.
+
+    are_captions: whether long texts were cut.
+    """
     if used is None:
         return [str(number) for number in range(teacher.num_classes or 0)] or [""]
     known = used.texts
-    if prompts is None:  # captions, of which long ones were cut
+    if are_captions:
         known = list(takewhile(lambda text: len(text) < CAPTION, known))
     if max(used.numbers) >= len(known):
         raise InputError(

@@ -113,14 +113,13 @@ def measure(
     """
     compatible.check(stage, teacher, students, data)
     pixels = None if data is None else pixels_of(scaled_for(data, teacher.codec), teacher.codec, device)
-    prepared = judging.prepare(stage, teacher, prompts)
+    judges, used = judging.of_stage(stage, teacher, pixels, prompts, device, stop, folder)
     try:
         for part in ("rows", "pictures"):
             (folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
-    judges = None if prepared is None else judging.with_real(prepared, stage, pixels, device, stop, folder)
-    exact, used = exact or teacher.exact_data, order.of_stage(stage, teacher, prompts)
+    exact = exact or teacher.exact_data
     if data is not None:
         reference = None if pixels is None else of_images(pixels, folder)
     else:
