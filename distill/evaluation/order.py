@@ -43,8 +43,8 @@ class PromptOrder:
     @property
     def digest(self) -> str:
         """Of the order; empty if it is that of the table."""
-        numbers = list(self.numbers)
-        return "" if numbers == list(range(self.count)) else hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+        is_of_table = len(self.numbers) == self.count and all(map(int.__eq__, self.numbers, range(self.count)))
+        return "" if is_of_table else hashlib.sha256(json.dumps(list(self.numbers)).encode()).hexdigest()
 
     def first_texts(self, count: int) -> list[str]:
         """The prompts of the first samples, at most one for each condition. Empty if one of them is not known."""
@@ -66,12 +66,17 @@ def of_stage(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str
         return None
     texts = teacher.given.prompts if prompts is None else prompts
     first = _numbers(stage.pictured, texts)
-    count, samples, shown = teacher.given.count, stage.samples, set(first)
-    others = [number for number in range(count) if number not in shown]
-    room = max(0, samples - len(first))
-    if len(others) > room:
-        others = [others[i * len(others) // room] for i in range(room)]
-    return PromptOrder([*first, *others][:samples], texts, count)
+    count, others = teacher.given.count, teacher.given.count - len(first)
+    used = min(others, max(0, stage.samples - len(first)))
+    spread = (_other(i * others // used, sorted(first)) for i in range(used))
+    return PromptOrder([*first, *spread][: stage.samples], texts, count)
+
+
+def _other(place: int, without: Sequence[int]) -> int:
+    """The number at a place in 0, 1, 2, ... without some, which are sorted."""
+    for number in without:
+        place += number <= place
+    return place
 
 
 def _numbers(wanted: Sequence[str], texts: Sequence[str]) -> list[int]:
