@@ -177,6 +177,9 @@ def test_a_complete_pipeline_needs_no_teacher(capfd, place, here):
     assert (done.code, done.out) == (0, "wrote whole.safetensors: 1 sample at 1 step, seed 0\n"), done.err
     assert draw(capfd, place, "--prompt", "a cat").code == 0
     assert torch.equal(load_file("whole.safetensors")["samples"], load_file("s.safetensors")["samples"])
+    relist(whole, own.model_copy(update={"kind": "flow_map", "sampler": "renoise"}))
+    done = command(capfd, "sample", "whole", "--prompt", "a cat", "--out", "map.safetensors", "--device", "cpu")
+    assert (done.code, done.out) == (0, "wrote map.safetensors: 1 sample at 1 step, seed 0\n"), done.err
 
 
 def test_what_cannot_be_drawn_is_refused(capfd, place, here):

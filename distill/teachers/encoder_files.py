@@ -90,7 +90,7 @@ class EncoderFiles:
 def find(spec: CheckpointTeacher) -> EncoderFiles:
     """The text encoders of a teacher's pipeline. InputError if there are none."""
     parts = files.find(spec, download=False, encoders=True)
-    return EncoderFiles.of(spec, parts, describe(spec, parts, "velocity"))
+    return EncoderFiles.of(spec, parts, describe(spec, parts, parts.student.kind))
 
 
 def digest(spec: CheckpointTeacher) -> str:

@@ -110,7 +110,7 @@ def check(spec: CheckpointTeacher) -> tuple[Facts, EncoderFiles]:
     InputError if it has no text encoder, or one with code of its own. None is loaded.
     """
     parts = files.find(spec, download=False, encoders=True)
-    facts = describe(spec, parts, "velocity")
+    facts = describe(spec, parts, parts.student.kind)
     found = EncoderFiles.of(spec, parts, facts)
     index = parse(found.pipeline / INDEX)
     for name in found.names:

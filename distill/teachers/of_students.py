@@ -50,7 +50,8 @@ def in_size_of(shape: tuple[int, ...], teacher: TeacherSpec | None) -> TeacherSp
     """
     if not isinstance(teacher, CheckpointTeacher) or teacher.size is not None:
         return teacher
-    facts = describe(teacher, files.find(teacher, download=False), "velocity")
+    parts = files.find(teacher, download=False)
+    facts = describe(teacher, parts, parts.student.kind)
     if not isinstance(facts.architecture, Convention) or len(shape) != len(facts.shape) or shape == facts.shape:
         return teacher
     factors = facts.codec.factors if isinstance(facts.codec, LatentCodec) else facts.architecture.default_factors
