@@ -241,7 +241,7 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
 
 def swept(results: Results) -> dict[str, list[Curve]]:
     """The teacher's values at several guidance scales, by name; empty if it was measured at one only."""
-    (fine,) = (row for row in results.rows if row.fine and row.role == "teacher")
+    fine = next(row for row in results.rows if row.fine)
     rows = {row.guidance_scale: row for row in results.rows if row.guidance_scale is not None}
     if not rows:
         return {}
