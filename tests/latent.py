@@ -162,7 +162,7 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     found = mapped(linear_call(teacher.field), noise, t, s, cond)
     assert {name: each.shape for name, each in embedded.items()} == dict.fromkeys(layers, (rows, width))
     found.square().sum().backward()
-    assert mapped.gap[2].bias.grad.any()  # the second time reaches the output
+    assert mapped.gap.out.bias.grad.any()  # the second time reaches the output
     missed = [name for name, each in mapped.named_parameters() if each.requires_grad and each.grad is None]
     assert not missed, "`unused` names what has no effect on the output"
 

@@ -153,14 +153,19 @@ def test_shipped_files_stand_alone():
         "acceleration_unet",
         "linear_path",
     }
-    names = networks | {"velocity_call", "flow_map_call", "acceleration_call"}
+    names = networks | {"velocity_call", "flow_map_call", "acceleration_call", "second_time"}
     students = ROOT / "distill" / "students"
-    placed = {"distill.students.samplers.euler", "distill.networks.velocity_call"}
-    shipped = [*(ROOT / "distill" / "networks" / f"{name}.py" for name in sorted(names)), students / "pipeline.py"]
+    placed = {
+        "pipeline": {"distill.students.samplers.euler", "distill.networks.velocity_call"},
+        "linear_path_scheduler": {"distill.networks.linear_path"},
+        "flow_map_pipeline": set(),
+    }
+    shipped = [*(ROOT / "distill" / "networks" / f"{name}.py" for name in sorted(names))]
+    shipped += [students / f"{name}.py" for name in placed]
     for path in shipped:
         for name in imports(parse(path)):
-            allowed = {"torch", "diffusers", "collections", "functools", "math"} | networks
-            fits = name.split(".")[0] in allowed or (path.stem == "pipeline" and name in placed)
+            allowed = {"torch", "diffusers", "collections", "functools", "inspect", "math"} | networks
+            fits = name.split(".")[0] in allowed or name in placed.get(path.stem, ())
             assert fits, f"{show(path)} is shipped with students and imports {name}"
     for path in sorted((students / "samplers").glob("*.py")):
         for name in imports(parse(path)):

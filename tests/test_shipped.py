@@ -54,10 +54,17 @@ def test_the_pipeline_has_the_samplers_own_text(kind, sampler):
     assert all(line in text for line in inspect.getdoc(module).splitlines())
 
 
-@pytest.mark.parametrize(("kind", "sampler"), PAIRS)
-def test_the_pipeline_is_complete_and_as_clean_as_code_of_ours(kind, sampler):
+TEXTS = {f"{kind} {sampler}": shipped.pipeline(kind, sampler) for kind, sampler in PAIRS} | {
+    "linear path scheduler": shipped.scheduler(),
+    "flow map pipeline": shipped.flow_map_pipeline(),
+    "second time": shipped.network("second_time"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_code_is_complete_and_as_clean_as_code_of_ours(name):
     """Imports once and at the top, nothing unused or defined twice: what ruff says of our own code."""
-    text = shipped.pipeline(kind, sampler)
+    text = TEXTS[name]
     imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {name.name if isinstance(node, ast.Import) else node.module for node in imports for name in node.names}
     allowed = {"torch", "diffusers"} | sys.stdlib_module_names

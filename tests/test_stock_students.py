@@ -16,6 +16,7 @@ from students import PIPELINE, card, put, relist, tensors
 from distill.core.errors import InputError
 from distill.exchange import pulling, stock_students, student_card
 from distill.exchange.transports import at
+from distill.students import shipped
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import codecs, schedulers
@@ -84,9 +85,27 @@ def lora(**settings) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+SECOND_TIME, SCHEDULER = "second_time/diffusion_pytorch_model.safetensors", "scheduler/linear_path_scheduler.py"
+OWN_CODE = {
+    "flow_map_pipeline.py": shipped.flow_map_pipeline().encode(),
+    SCHEDULER: shipped.scheduler().encode(),
+    "second_time/second_time.py": shipped.network("second_time").encode(),
+    "second_time/config.json": b"{}",
+    SECOND_TIME: tensors(300, 1),
+}
+FLOW_MAP = {
+    "_class_name": ["flow_map_pipeline", "FlowMapStableDiffusion3Pipeline"],
+    "scheduler": ["linear_path_scheduler", "LinearPathScheduler"],
+    "second_time": ["second_time", "SecondTime"],
+}
 RIGHT = {
     "network": {},
-    "flow map": {"files": {"second_time.safetensors": tensors(300, 1)}},
+    "flow map": {"files": {"second_time/config.json": b"{}", SECOND_TIME: tensors(300, 1)}},
+    "complete flow map": {"files": OWN_CODE, "index": FLOW_MAP},
+    "times of its own": {
+        "files": {SCHEDULER: OWN_CODE[SCHEDULER]},
+        "index": {"scheduler": ["linear_path_scheduler", "LinearPathScheduler"]},
+    },
     "acceleration": {
         "files": {
             "acceleration/config.json": b"{}",
@@ -132,7 +151,7 @@ def of_file(name, content=b"{}"):
     return {"files": {name: content}}
 
 
-NO_FILE = " is not a file of a student with the network class of a stock pipeline (SD3Transformer2DModel), which has no"
+NO_FILE = " is not a file of a student with the network class of a stock pipeline (SD3Transformer2DModel); the "
 ELSEWHERE = " refers to code or weights elsewhere ({})"
 CONFIG, TOKENS = "text_encoder/config.json", "tokenizer/tokenizer_config.json"
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -164,6 +183,22 @@ LIES = {
     "a pipeline of its own": (
         of_index(_class_name=["pipeline", "Own"]),
         '_class_name is ["pipeline", "Own"]; valid for',
+    ),
+    "a flow map of another pipeline": (
+        {"files": OWN_CODE, "index": FLOW_MAP | {"_class_name": ["flow_map_pipeline", "FlowMapDiTPipeline"]}},
+        '_class_name is ["flow_map_pipeline", "FlowMapDiTPipeline"]; valid for',
+    ),
+    "a flow map without its code": (
+        {"files": {**OWN_CODE, "flow_map_pipeline.py": None}, "index": FLOW_MAP},
+        '_class_name is ["flow_map_pipeline", "FlowMapStableDiffusion3Pipeline"]; valid for',
+    ),
+    "another class of its code": (
+        {"files": OWN_CODE, "index": FLOW_MAP | {"second_time": ["second_time", "Other"]}},
+        'second_time is ["second_time", "Other"]; valid: ',
+    ),
+    "a scheduler without its code": (
+        {"files": {**OWN_CODE, SCHEDULER: None}, "index": FLOW_MAP},
+        'scheduler is ["linear_path_scheduler", "LinearPathScheduler"]; valid: ',
     ),
     "another class of network": (of_index(transformer=["diffusers", "FluxTransformer2DModel"]), "transformer is ["),
     "a network of its own": (
@@ -242,6 +277,15 @@ def test_whatever_is_not_known_is_refused_by_pull_verify_and_publish(tmp_path, c
             call(student)
         assert said in str(caught.value) and str(caught.value).count("\n") == 0
     assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s.part-*")), "nothing of it is kept"
+
+
+def test_changed_code_is_accepted_only_if_it_is_trusted(tmp_path):
+    student = make(tmp_path / "student", index=FLOW_MAP, files={**OWN_CODE, SCHEDULER: b"print(1)"})
+    shown = []
+    with pytest.raises(InputError, match=f"contains code that distill has never shipped: {SCHEDULER}; it would run"):
+        pulling.verify(student)
+    pulling.verify(student, lambda name, text: shown.append((name, text)))
+    assert shown == [(SCHEDULER, "print(1)")]
 
 
 def test_a_student_with_code_has_no_tokenizer(tmp_path):

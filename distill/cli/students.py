@@ -281,10 +281,9 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
 
 def _use(card: student_card.StudentCard, here: str) -> str:
     """How to use a student in the folder `here`."""
-    if not card.is_native:
-        return f'DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)'
-    if any(name.startswith("vae/") for name in card.files):
-        return f'DiffusionPipeline.from_pretrained("{here}")'
+    trust = ", trust_remote_code=True" if any(name.endswith(".py") for name in card.files) else ""
+    if not card.is_native or any(name.startswith("vae/") for name in card.files):
+        return f'DiffusionPipeline.from_pretrained("{here}"{trust})'
     name = one_line(card.teacher) or "its teacher"
     cannot = card.stock is not None and card.stock.reason
     if "student" in card.lora and not cannot:

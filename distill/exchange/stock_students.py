@@ -1,7 +1,8 @@
 """Checks the files of students that have the network class of a stock pipeline of diffusers.
 
-Unlike other students, they have no code, so everything that a loader may meet is known beforehand: the pipeline class,
-the classes of its components, the folders, and the files in them. Whatever is not listed here is refused.
+Everything that a loader may meet is known beforehand: the pipeline class, the classes of its components, the folders,
+and the files in them. Whatever is not listed here is refused. Complete pipelines may have the code of `own_code`, which
+is checked as that of other students.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from distill.core.errors import InputError
 from distill.core.text import one_line, printable
+from distill.exchange import own_code
 from distill.exchange.lora_use import ADAPTER_CONFIG, LORA_FILES
 from distill.exchange.student_card import StudentCard
 
@@ -132,13 +134,14 @@ WEIGHTS = re.compile(r"[A-Za-z0-9._-]+\.safetensors|[A-Za-z0-9._-]+\.safetensors
 ENCODER_FILES = re.compile(rf"{WEIGHTS.pattern}|generation_config\.json")
 FOLDERS: Mapping[str, re.Pattern[str]] = {
     "": re.compile(
-        r"model_index\.json|README\.md|LICENSE\.(md|txt)|[\w-]+\.png|second_time\.safetensors|"
-        + "|".join(map(re.escape, LORA_FILES))
+        r"model_index\.json|README\.md|LICENSE\.(md|txt)|[\w-]+\.png|"
+        + "|".join(map(re.escape, (*LORA_FILES, f"{own_code.PIPELINE}.py")))
     ),
     **dict.fromkeys(("transformer", "unet", "vae", "vqvae"), WEIGHTS),
     "acceleration": re.compile(rf"{WEIGHTS.pattern}|{re.escape(ADAPTER_CONFIG)}"),
     **dict.fromkeys(("text_encoder", "image_encoder", "safety_checker"), ENCODER_FILES),
-    "scheduler": re.compile(r"scheduler_config\.json"),
+    "second_time": re.compile(rf"{WEIGHTS.pattern}|{own_code.SECOND_TIME[0]}\.py"),
+    "scheduler": re.compile(rf"scheduler_config\.json|{own_code.SCHEDULER[0]}\.py"),
     "tokenizer": re.compile(r"[\w-]+\.(json|txt|model|jinja)"),
     "feature_extractor": re.compile(r"preprocessor_config\.json"),
     "comfyui": re.compile(r"[A-Za-z0-9._-]+\.safetensors"),
@@ -165,7 +168,7 @@ def refuse_card(card: StudentCard) -> None:
         if not _is_known(name):
             raise InputError(
                 f"{one_line(name, 100)} is not a file of a student with the network class of a stock pipeline "
-                f"({card.network}), which has no code of its own; {NOT_LOADED}"
+                f"({card.network}); {NOT_LOADED}"
             )
 
 
@@ -188,19 +191,23 @@ def _plain(name: str) -> str:
 def refuse_index(parsed: Mapping[str, Any], name: str, card: StudentCard) -> None:
     """Raise InputError unless a model_index.json names a known pipeline class and known classes of components."""
     network = NETWORKS[card.network]
-    if parsed.get("_class_name") not in network.pipelines:
+    pipeline = parsed.get("_class_name")
+    has_code = not isinstance(pipeline, str)
+    if own_code.stock_class(pipeline) not in network.pipelines or (has_code and own_code.FILES[0] not in card.files):
         raise InputError(
-            f"{name}: _class_name is {_shown(parsed.get('_class_name'))}; valid for a {card.network}: "
-            f"{', '.join(network.pipelines)}; {NOT_LOADED}"
+            f"{name}: _class_name is {_shown(pipeline)}; valid for a {card.network}: {', '.join(network.pipelines)}; "
+            f"{NOT_LOADED}"
         )
     for part, value in parsed.items():
+        if part == "_class_name":
+            continue
         valid = "true, false, null or a number"
         if part.startswith("_"):
-            known = part in ("_class_name", "_diffusers_version", "_name_or_path") and _is_line(value)
+            known = part in ("_diffusers_version", "_name_or_path") and _is_line(value)
             valid = "a line of text, for one of the keys _class_name, _diffusers_version, _name_or_path"
         elif isinstance(value, list):
             library, classes = _component(part, card.network, network.folder)
-            known = value == [None, None] or _is_component(value, library, classes)
+            known = value == [None, None] or _is_component(value, library, classes) or _is_own(part, value, card)
             valid = f'[null, null] or ["{library}", CLASS] with {", ".join(sorted(classes))}'
         elif part == "id2label":  # the names of DiT's classes
             known = isinstance(value, dict) and all(key.isdecimal() and _is_line(each) for key, each in value.items())
@@ -221,6 +228,12 @@ def _is_component(value: list[Any], library: str, classes: frozenset[str]) -> bo
     if len(value) != 2 or value[0] != library or not isinstance(value[1], str):
         return False
     return value[1] in classes or (classes is TOKENIZERS and value[1].removesuffix("Fast") in TOKENIZERS)
+
+
+def _is_own(part: str, value: list[Any], card: StudentCard) -> bool:
+    """Whether it is a component with code of ours, which is among the files."""
+    own = own_code.COMPONENTS.get(part)
+    return own is not None and value == list(own) and f"{part}/{own[0]}.py" in card.files
 
 
 def refuse_config(parsed: object, name: str, card: StudentCard) -> None:

@@ -367,6 +367,7 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         steps=card.fewest_steps,
         supported=_supported(card),
         call_steps=_call_steps(card),
+        code=[name for name in card.files if name.endswith(".py")],
         lora_calls=lora_use.calls(card.files, card.component, "path/to/this/folder"),
         vector=len(card.shape) == 1,
         measured=measured.of(card.metrics, card.sampler),

@@ -3,7 +3,6 @@
 All start as the velocity network that they are made from.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,9 +11,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from distill.networks.experts import Experts
+from distill.networks.second_time import SecondTime
 from distill.protocols import Cond, NetworkCall
-
-FREQUENCIES = 16
 
 
 def recomputed(module: Callable[..., object], *inputs: object) -> object:
@@ -25,17 +23,12 @@ def recomputed(module: Callable[..., object], *inputs: object) -> object:
 class TwoTimes(nn.Module):
     """u(x_t, t, s) from a network v(x_t, t): an embedding of t - s is added to the network's embeddings of the time.
 
-    layers: names of the modules of `network` that embed the time, as [B, width]. t - s enters as cos and sin of
-    k pi/2 (t - s), k = 1 ... 16, which is smooth, for derivatives with respect to it. The last layer of its embedding
-    is zero at first, so u does not depend on s until it is trained.
+    layers: names of the modules of `network` that embed the time, as [B, width]. gap: the embedding of t - s.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[str], width: int) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[str], gap: SecondTime) -> None:
         super().__init__()
-        self.network, self.layers = network, tuple(layers)
-        self.gap = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        nn.init.zeros_(self.gap[2].weight)
-        nn.init.zeros_(self.gap[2].bias)
+        self.network, self.layers, self.gap = network, tuple(layers), gap
         self._embedded: Tensor | None = None  # of the current call
         self._has_one_time = False  # while it is called without t - s
         for name in layers:
@@ -43,9 +36,7 @@ class TwoTimes(nn.Module):
 
     def forward(self, call: NetworkCall, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t and s [B] in [0, 1] -> average velocity like x_t."""
-        k = torch.arange(1, FREQUENCIES + 1, dtype=torch.float32, device=t.device)
-        angle = (t - s).float()[:, None] * k * (math.pi / 2)  # [B, 16]
-        self._embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
+        self._embedded = self.gap(t - s)
         try:
             return call(self.network, x_t, t, cond)
         finally:

@@ -20,6 +20,7 @@ from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.second_time import SecondTime
 from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
 from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
 from distill.networks.velocity import VelocityStudent
@@ -188,7 +189,8 @@ def flow_map(network: nn.Module, call: LinearCall, seed: int, to_data: bool = Fa
     convention = convention_for(network)
     layers = [prefix + name for prefix, part in parts_of(network) for name in convention.time_layers(part)]
     with drawn(seed, "second time"):
-        found = TwoTimes(network, layers, convention.time_width(_config(network)))
+        gap = SecondTime(convention.time_width(_config(network)), _in_pipeline(network, layers))
+    found = TwoTimes(network, layers, gap)
     found.gap.to(next(network.parameters()).device)
     return FlowMapStudent(found, TwoTimesCall(call))
 
@@ -285,6 +287,12 @@ def convention_for(network: nn.Module) -> Convention:
     return found
 
 
+def _in_pipeline(network: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Names of modules of a network as COMPONENT.MODULE of its pipeline."""
+    prefix = "" if isinstance(network, Experts) else f"{convention_for(network).folder}."
+    return [prefix + name for name in layers]
+
+
 def parts_of(network: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     """The networks by the prefix of the names of their modules: one, or two."""
     if isinstance(network, Experts):
@@ -310,11 +318,8 @@ def _built_again(network: nn.Module) -> nn.Module:
         case ToData():
             return ToData(_built_again(network.network))
         case TwoTimes():
-            with drawn(0, "second time"):  # all random weights are replaced
-                again = TwoTimes(_built_again(network.network), network.layers, network.gap[0].out_features)
-            weights = {name: each.clone() for name, each in network.gap.state_dict().items()}
-            again.gap.load_state_dict(weights, assign=True)
-            return again
+            gap = copy_of(network.gap).float().requires_grad_(True)
+            return TwoTimes(_built_again(network.network), network.layers, gap)
         case ModelMixin():
             with init_empty_weights(include_buffers=False):
                 found = type(network).from_config(network.config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.core.errors import InputError, RunError
@@ -30,7 +30,7 @@ from distill.teachers.loaded import Packaging
 from distill.teachers.network_field import EdmField, NetworkField, linear_call
 from distill.teachers.read import parse, unreadable
 
-SECOND_TIME = "second_time.safetensors"  # the weights of the embedding of t - s, in a flow map
+SECOND_TIME = "second_time/diffusion_pytorch_model.safetensors"  # the embedding of t - s, in a flow map
 TO_DATA = "renoise"  # the sampler of flow maps that may have no second time
 ACCELERATION = "acceleration"  # prefix of the folders of the acceleration's networks
 SHARD = "5GB"
@@ -50,8 +50,6 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
         native.convention_for(base).for_pipeline(base)
     for name, part in networks(network):
         part.save_pretrained(folder / name, max_shard_size=SHARD)
-    if isinstance(network, TwoTimes):
-        save_file({k: v.contiguous() for k, v in network.gap.state_dict().items()}, folder / SECOND_TIME)
     scheduler = stock.scheduler_or(packaging)
     _write_json(folder / "scheduler" / layout.SCHEDULER, scheduler)
     name, first = next(networks(base))
@@ -135,6 +133,8 @@ def networks(network: nn.Module) -> Iterator[tuple[str, ModelMixin]]:
         yield from ((FIRST, base.transformer), (SECOND, base.transformer_2))
     else:
         yield native.convention_for(base).folder, base
+    if isinstance(network, TwoTimes):
+        yield Path(SECOND_TIME).parent.name, network.gap
     if isinstance(network, TwoNetworks):
         if isinstance(network.acceleration, Experts):
             yield from ((ACCELERATION, network.acceleration.transformer),)

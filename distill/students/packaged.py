@@ -11,10 +11,11 @@ import torch
 from distill.core.atomic import hidden_folder, new_folder
 from distill.core.errors import InputError, RunError
 from distill.core.regular_files import BLOCK, open_regular
-from distill.exchange import manifest, student_card
+from distill.exchange import manifest, own_code, student_card
 from distill.exchange.student_card import StudentCard
+from distill.networks.two_times import TwoTimes
 from distill.spec.model import CheckpointTeacher, TeacherSpec
-from distill.students import native_folder, stock, whole
+from distill.students import native_folder, stock, whole, with_code
 from distill.students.stock_check import CheckedStudent, check, size_of
 from distill.teachers import checkpoint, layout, pipeline_index
 from distill.teachers.of_students import student_as_teacher
@@ -60,7 +61,7 @@ def export(student: Path, folder: Path, package: Package | None = None) -> None:
         others = whole.find(teacher, pipeline, OWN)
     made = _loaded(student, card, teacher, DTYPES[package.dtype])
     if teacher is not None and not made.how.works:
-        raise InputError(f"--whole: the stock pipeline cannot sample {student}: {made.how.reason}; leave --whole out")
+        raise InputError(f"--whole: no pipeline can sample {student}: {made.how.reason}; leave --whole out")
     try:
         with new_folder(folder.absolute()) as new:
             _write(made, new, others)
@@ -72,10 +73,11 @@ def export(student: Path, folder: Path, package: Package | None = None) -> None:
 def _pipeline_of(student: Path) -> str:
     """The class of a student's pipeline. InputError if diffusers has no such class."""
     path = student / layout.INDEX
-    name = parse(path).get("_class_name")
-    if not isinstance(name, str) or pipeline_index.class_of(name) is None:
+    given = parse(path).get("_class_name")
+    name = own_code.stock_class(given)
+    if pipeline_index.class_of(name) is None:
         raise InputError(
-            f"{path}: _class_name is {short(repr(name))}; valid: the name of a pipeline class of diffusers, like "
+            f"{path}: _class_name is {short(repr(given))}; valid: the name of a pipeline class of diffusers, like "
             "StableDiffusion3Pipeline; export or copy the student again"
         )
     return name
@@ -125,8 +127,13 @@ def _loaded(student: Path, card: StudentCard, teacher: CheckpointTeacher | None,
         spec = spec.model_copy(update={"embedded_guidance": guidance})
     found = checkpoint.read(spec, CPU, card.kind, prompts=1)
     made = native_folder.load(found, spec, card.kind)
+    if isinstance(made.network, TwoTimes):
+        with quiet():
+            made.network.gap.to(checkpoint.DTYPES[dtype])
     made.eval().requires_grad_(False)
     how = stock.of(made, card.sampler, card.t_grids, found.packaging, card.trained_steps)
+    if teacher is not None and not how.works:
+        how = with_code.of(made, card.sampler, card.t_grids, found.packaging)
     return CheckedStudent(made, found, card, how, dtype)
 
 
@@ -140,4 +147,6 @@ def _write(made: CheckedStudent, new: Path, others: whole.OtherComponents) -> No
         index = {**parse(path), **others.index}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         update |= {"pipeline": index["_class_name"], "size": list(size_of(made))}
+    if with_code.is_needed(made.how):
+        with_code.write(new, made.student.network)
     student_card.write(new, card.model_copy(update=update))

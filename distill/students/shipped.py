@@ -41,6 +41,16 @@ def pipeline(kind: str, sampler: str) -> str:
     return joined(STUDENTS_DIR / "pipeline.py", [SAMPLERS_DIR / f"{sampler}.py", NETWORKS_DIR / f"{kind}_call.py"])
 
 
+def scheduler() -> str:
+    """The text of linear_path_scheduler.py."""
+    return joined(STUDENTS_DIR / "linear_path_scheduler.py", [NETWORKS_DIR / "linear_path.py"])
+
+
+def flow_map_pipeline() -> str:
+    """The text of flow_map_pipeline.py."""
+    return (STUDENTS_DIR / "flow_map_pipeline.py").read_text()
+
+
 def joined(module: Path, parts: Sequence[Path]) -> str:
     """The text of one module that contains several.
 

@@ -91,7 +91,7 @@ def of(
         many = "s" if len(t_grids) > 1 else ""
         return Stock(reason=f"no scheduler uses its times (for {', '.join(map(str, sorted(t_grids)))} step{many})")
     whole = not has_base(student.network)
-    return Stock(found.scheduler, found.steps, arguments(convention, _config(student), packaging, whole=whole))
+    return Stock(found.scheduler, found.steps, arguments(convention, config_of(student), packaging, whole=whole))
 
 
 def arguments(convention: Convention, config: Config, packaging: Packaging, *, whole: bool) -> dict[str, float]:
@@ -200,6 +200,7 @@ def _same(found: Sequence[float], expected: Tensor) -> bool:
     return given.shape == expected.shape and bool((given - expected).abs().max() <= SAME)
 
 
-def _config(student: NativeStudent) -> Config:
+def config_of(student: NativeStudent) -> Config:
+    """The config of the student's network."""
     base = native.base_of(student.network)
     return dict((base.transformer if isinstance(base, Experts) else base).config)

@@ -14,7 +14,7 @@ from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_noise
 from distill.networks.experts import Experts
 from distill.protocols import Cond
-from distill.students import isolated, native, native_folder, stock_program
+from distill.students import isolated, native, native_folder, stock_program, with_code
 from distill.students.native import NativeStudent
 from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, usual_grid
 from distill.students.stock import Stock
@@ -86,11 +86,12 @@ def check(each: CheckedStudent, folder: Path, pipeline: str, *, whole: bool) -> 
     fresh = {n: fresh_noises(SEED, [0], tuple(x.shape[1:]), num_fresh(each.card.sampler, n)) for n in each.steps}
     inputs = {"noise": x, **{f"cond/{ARGUMENTS[name]}": value for name, value in cond.items() if name in ARGUMENTS}}
     inputs |= {f"fresh@{count}": torch.stack(noises) for count, noises in fresh.items() if noises}
-    parts = dict(native_folder.networks(each.student.network))
+    parts = dict(native_folder.networks(each.student.network if whole else native.base_of(each.student.network)))
     steps = each.steps if whole else []
     arguments = {
         "folder": str(folder.absolute()),
         "whole": whole,
+        "has_code": with_code.is_needed(each.how),
         "dtype": each.dtype,
         "networks": {name: type(part).__name__ for name, part in parts.items()},
         "steps": steps,

@@ -97,7 +97,9 @@ def main() -> None:
     """Load a student, and put digests of its weights, and samples if it is a whole pipeline, into `outputs`."""
     folder, dtype = arguments["folder"], getattr(torch, arguments["dtype"])
     if arguments["whole"]:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=arguments["has_code"]
+        )
         pipeline.set_progress_bar_config(disable=True)
         networks = {name: getattr(pipeline, name) for name in arguments["networks"]}
     else:

@@ -120,9 +120,10 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
     network = network.to(device).eval().requires_grad_(False)
     chosen, schedule = facts.chosen, facts.schedule
     base = {"config": lasting(content), "weights": digests, **_second(parts, facts), **added}
+    told = {} if chosen is None else schedulers.described(chosen)
     identity = {
         **base,
-        "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
+        "scheduler": {name: value for name, value in told.items() if name != "_diffusers_version"},
         "prediction": spec.prediction,
         "null_class": null_class(conditioning),
         # Gives inverted schedules a new digest, because earlier versions read them wrongly.
@@ -243,7 +244,7 @@ def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path 
     if schedule is None or chosen is None:
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIME_SCALE)}
     given = {} if spec.prediction is None or schedule.family == "linear" else {"prediction_type": spec.prediction}
-    return {**parse(chosen), **given}
+    return {**schedulers.described(chosen), **given}
 
 
 def field_of(

@@ -71,7 +71,7 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     autoencoder = parts.autoencoder if spec.vae is None else Path(spec.vae)
     if isinstance(architecture, Convention):
         if chosen is not None:
-            architecture.check_scheduler(parse(chosen), chosen)
+            architecture.check_scheduler(schedulers.described(chosen), chosen)
         factors = architecture.default_factors
         if autoencoder is not None:
             codec = LatentCodec.of(autoencoder, spec.variant)
@@ -202,7 +202,7 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
     if own is None or own == chosen:
         return schedule
     given, found = f"teacher.scheduler={spec.scheduler} describes", f"the checkpoint's own scheduler ({own})"
-    told = parse(own)
+    told = schedulers.described(own)
     predicted = told.get("prediction_type")
     predicted = "velocity" if predicted == "flow_prediction" else predicted
     name = told.get("_class_name")

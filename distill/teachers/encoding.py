@@ -151,9 +151,9 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype, *, i
     needed = [each.name for each in signature(pipeline_class).parameters.values() if each.default is Parameter.empty]
     left_out = {name: None for name in (*needed, *parts.components) if name not in kept}
     try:
-        with quiet.without_bars():
+        with quiet.without_bars(), pipeline_index.without_code(parts.pipeline) as folder:
             pipeline = pipeline_class.from_pretrained(
-                parts.pipeline,
+                folder,
                 dtype=dtype,
                 variant=found.variant,
                 use_safetensors=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
+from distill.exchange import own_code
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import by_id
 from distill.teachers.layout import ADAPTERS, CONFIG, INDEX, NETWORKS, SCHEDULER, SECOND, STUDENT, VAES
@@ -159,7 +160,7 @@ def _parts(spec: CheckpointTeacher, folder: Path, where: str, single: Path | Non
         chosen=_override(spec) or found,
         student=student,
         pipeline=pipeline,
-        pipeline_class=named if isinstance(named, str) else "",
+        pipeline_class=own_code.stock_class(named),
         components=parts,
         is_student=_there(facts),
     )

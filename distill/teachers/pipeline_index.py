@@ -1,7 +1,10 @@
 """model_index.json: the components and options of a pipeline of diffusers."""
 
 import importlib.util
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from distill.core.errors import InputError
+from distill.exchange import own_code
+from distill.teachers import layout, schedulers
 from distill.teachers.by_id import ENCODERS
-from distill.teachers.read import Config, short
+from distill.teachers.read import Config, components, parse, short
 
 LIBRARIES = ("diffusers", "transformers")
 NOTHING = [None, None]  # in place of the library and class of a component that is not there
@@ -55,6 +60,33 @@ def index_of(name: str, components: Mapping[str, list[str]], options: Mapping[st
         **options,
         **components,
     }
+
+
+@contextmanager
+def without_code(folder: Path) -> Iterator[Path]:
+    """Context manager: the folder of a pipeline, or if it is a student with code of ours: a temporary one without.
+
+    That has the stock pipeline class, the scheduler of the student's teacher, and links to the other components.
+    """
+    index = parse(folder / layout.INDEX)
+    own = {name for name, entry in own_code.COMPONENTS.items() if index.get(name) == list(entry)}
+    if not own and isinstance(index.get("_class_name"), str):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
+        new = Path(temporary)
+        found = {name: value for name, value in index.items() if name not in own}
+        found["_class_name"] = own_code.stock_class(index.get("_class_name"))
+        for name in components(folder / layout.INDEX):
+            if name not in own:
+                (new / name).symlink_to((folder / name).absolute())
+        if "scheduler" in own:
+            teacher = schedulers.described(folder / "scheduler" / layout.SCHEDULER)
+            found["scheduler"] = ["diffusers", teacher.get("_class_name")]
+            (new / "scheduler").mkdir()
+            (new / "scheduler" / layout.SCHEDULER).write_text(json.dumps(teacher))
+        (new / layout.INDEX).write_text(json.dumps(found))
+        yield new
 
 
 def refuse_code(folder: Path, library: str, class_name: str) -> None:

@@ -140,7 +140,7 @@ def unreadable(path: Path, error: OSError) -> InputError:
     if error.errno == errno.ENOENT:
         link = f"is a link to {short(str(path.readlink()), 200)}, which " if path.is_symlink() else ""
         return InputError(f"{path} {link}does not exist; copy or download it again")
-    return InputError(f"{path} cannot be read: {error.strerror}; fix this, or give a readable copy")
+    return InputError(f"{path} cannot be read: {error.strerror or error}; fix this, or give a readable copy")
 
 
 def checked(model: type[Model], content: Config, path: Path) -> Model:

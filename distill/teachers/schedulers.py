@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
 from distill.core.errors import InputError
+from distill.exchange import own_code
 from distill.flow.interpolants import Interpolant, Prediction, vp
 from distill.teachers.read import MAX_TABLE, Config, Read, ShortText, checked, parse, short
 
@@ -233,7 +234,7 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
 
     strict: also raise InputError for options that are not in `Options`, instead of ignoring them.
     """
-    config = parse(path)
+    config = described(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         reason = f", because {REASONS[name]}" if isinstance(name, str) and name in REASONS else ""
@@ -262,6 +263,23 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
             )
         return LinearSchedule(float(options.num_train_timesteps), options.invert_sigmas)
     return _vp(name, kind, options, path)
+
+
+def described(path: Path) -> Config:
+    """The content of a scheduler config; that of the teacher's scheduler if it is one of our own, of a student.
+
+    Our own scheduler samples on the linear path, and it is the teacher's that describes the network.
+    """
+    config = parse(path)
+    if config.get("_class_name") != own_code.SCHEDULER[1]:
+        return config
+    teacher = config.get("teacher")
+    if not isinstance(teacher, dict):
+        raise InputError(
+            f"{path}: teacher={short(repr(teacher))}; valid: the scheduler config of the student's teacher; export or "
+            "copy the student again"
+        )
+    return teacher
 
 
 def betas(config: Mapping[str, object], table: Tensor) -> dict[str, object]:
