@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import command
 from PIL import Image
+from runs import folder_bytes
 
 from distill.cli import emoji
 from distill.emoji.images import PICTURED
@@ -63,8 +64,24 @@ def test_a_teacher_is_made_in_three_minutes(store, capfd):
     teacher = store / emoji.FOLDER / emoji.SHORT / emoji.TEACHER
     index = json.loads((teacher / "model_index.json").read_text())
     assert index["_class_name"] == "PixArtAlphaPipeline" and index["text_encoder"] == ["transformers", "BertModel"]
+    assert "published emoji-teacher-short:v1; get it elsewhere with: distill pull" in done.out
     again = command(capfd, "emoji", "--short", "--store", str(store))
     assert (again.code, again.out.count("\n")) == (0, 1) and "the teacher is in" in again.out
+
+
+def test_a_teacher_that_is_published_is_pulled(store, capfd, tmp_path, monkeypatch):
+    """With its images, which are drawn; from a store by its URL into ./runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISTILL_STORE", f"file://{store}")
+    done = command(capfd, "emoji", "--short")
+    assert done.code == 0, done.err
+    assert "pulled runs/emoji-teacher/short/teacher: " in done.out and "makes the emoji teacher" not in done.out
+    made, pulled = store / emoji.FOLDER / emoji.SHORT, tmp_path / "runs" / emoji.FOLDER / emoji.SHORT
+    assert folder_bytes(pulled / "images") == folder_bytes(made / "images")
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (pulled / "teacher" / weights).read_bytes() == (made / "teacher" / weights).read_bytes()
+    refused = command(capfd, "emoji")
+    assert refused.code == 2 and "has no published emoji-teacher, and cannot be trained into; give a" in refused.err
 
 
 def test_each_student_is_trained_measured_exported_and_prompted(store, capfd):

@@ -23,6 +23,14 @@ def prepare(folder: Path, steps: int | None = None) -> None:
         _prepare(folder, autoencoder.STEPS if steps is None else steps)
 
 
+def draw(folder: Path) -> None:
+    """Makes images/ in `folder`, which is all that students of a finished teacher need. InputError as `prepare`."""
+    for name in images.PACKAGES:
+        images.package(name)
+    with claims.claim(RunPaths(folder)):
+        images.make(folder / IMAGES)
+
+
 def _prepare(folder: Path, steps: int) -> None:
     if not (folder / IMAGES).exists():
         images.make(folder / IMAGES)
