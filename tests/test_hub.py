@@ -14,13 +14,18 @@ from hub import CLASSES, MUTE, Hub, pictures, pipeline, python
 from latent import write_conditions
 from runs import folder_bytes
 from safetensors.torch import load_file, save_file
+from stock_pipelines import PIPELINES
+from test_stock import exported
 from test_teacher_flux import embeddings
 from test_teacher_flux import pipeline as flux
 
+from distill.exchange import own_code
 from distill.exchange.student_card import StudentCard
-from distill.spec.model import UNetSpec
+from distill.spec.model import CheckpointTeacher, UNetSpec
+from distill.students import packaged
 from distill.students.exporting import export
 from distill.students.init import StudentInit
+from distill.students.native_folder import SECOND_TIME
 
 pytestmark = pytest.mark.process
 
@@ -256,6 +261,32 @@ def test_a_flow_map_is_loaded_from_a_hub_by_plain_diffusers(tmp_path):
         assert done.returncode == 0, done.stderr
         asked = {Path(request.split()[1]).name for request in hub.requests}
         assert {"pipeline.py", "flow_map_unet.py", "diffusion_pytorch_model.safetensors"} < asked
+    by_id, by_folder = done.stdout.splitlines()
+    assert by_id == by_folder
+
+
+WHOLE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+for name in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    call = {"guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "np"}
+    print(pipeline([1, 2], generator=torch.Generator().manual_seed(0), **call).images.tolist())
+"""
+
+
+@pytest.mark.long
+def test_the_complete_pipeline_of_a_flow_map_is_loaded_from_a_hub_by_plain_diffusers(tmp_path):
+    """With the code of the pipeline, the scheduler and the second time."""
+    subject = PIPELINES["dit"]
+    exported(tmp_path, subject, "flow_map", "jump")
+    teacher = CheckpointTeacher(path=str(tmp_path / "pipeline"), **subject.fields)
+    packaged.export(tmp_path / "student", tmp_path / "whole", packaged.Package("fp32", teacher))
+    with Hub({"models/org/map": {"main": tmp_path / "whole"}}) as hub:
+        done = python(WHOLE, "org/map", str(tmp_path / "whole"), hub=hub, cwd=tmp_path / "work")
+        assert done.returncode == 0, done.stderr
+        asked = {request.split()[1] for request in hub.requests}
+        assert all(any(path.endswith(f"/{name}") for path in asked) for name in (*own_code.FILES, SECOND_TIME)), asked
     by_id, by_folder = done.stdout.splitlines()
     assert by_id == by_folder
 

@@ -86,7 +86,7 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         self._scaled: Tensor | None = None  # and what it returned
         self.sigmas = torch.tensor(times, dtype=torch.float64)  # [N + 1]; on the linear path, sigma is t
         self._differences = (self.sigmas[:-1] - self.sigmas[1:]).to(device=device, dtype=torch.float32)
-        found = [self._seen(torch.zeros(1), t)[1] for t in times[:-1]]
+        found = [float(self._seen(torch.zeros(1), t)[1]) for t in times[:-1]]
         if self.config["before_shift"] and mu is not None:
             found = [n / (t + mu * (1 - t)) for n, t in zip(found, times, strict=False)]
         self.timesteps = torch.tensor(found, dtype=torch.float32, device=device)
@@ -114,14 +114,14 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         self._given = self._scaled = None
         return SchedulerOutput(prev_sample=found) if return_dict else (found, data)
 
-    def _seen(self, x: Tensor, t: float) -> tuple[Tensor, float]:
+    def _seen(self, x: Tensor, t: float) -> tuple[Tensor, float | Tensor]:
         """(x_t as the network takes it, the network's own time)."""
         if self._table is None and self.config["edm"] is None:
             return x, self.config["num_train_timesteps"] * (1 - t if self.config["inverted"] else t)
-        seen: list[tuple[Tensor, float]] = []
+        seen: list[tuple[Tensor, Tensor]] = []
 
         def native(scaled: Tensor, time: Tensor) -> Tensor:
-            seen.append((scaled, time[0].item()))
+            seen.append((scaled, time[0]))
             return scaled
 
         self._converted(native, x, t)
