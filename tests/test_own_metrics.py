@@ -277,6 +277,17 @@ def test_scores_of_groups_of_prompts(untrained, module):
         checks.check(spec("a:b", prompt_groups={"x": []}), Path.cwd())
 
 
+def test_prompts_with_rare_words():
+    known = ["red heart", "red book", "Crab", "crab and book", "1.5"]
+    stage = EvaluateStage(kind="evaluate", students={}, rare_words=1, samples=16)
+    assert judging._groups(stage, known, known) == {"rare words": {0, 3, 4}}, "heart, and, 1"
+    assert judging._groups(stage, known[3:], known) == {"rare words": {0, 1}}, "they are counted in all that are known"
+    with pytest.raises(InputError, match="none of the 1 prompts has a word that at most 1 of the 5 known prompts have"):
+        judging._groups(stage, ["red crab"], known)
+    with pytest.raises(InputError, match="rare_words: has no effect without metrics"):
+        checks.check(spec(rare_words=1), Path.cwd())
+
+
 def test_values_of_real_images_are_kept(untrained, module):
     """They are read again, unless the images or the metrics are others, or the file is damaged."""
     data, asked = load_data(DigitsData(kind="digits"), 0), stage(70, f"{module}:brightness")

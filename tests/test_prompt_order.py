@@ -32,9 +32,9 @@ def table(count, known=0):
     return ConditionTable(rows, None, {}, prompts=[f"prompt {number}" for number in range(known)])
 
 
-def used(count, samples, pictured=(), known=0):
+def used(count, samples, pictured=(), known=0, **options):
     teacher = replace(exact.teacher(exact.FIELD, (1, 8, 8)), given=table(count, known))
-    stage = EvaluateStage(kind="evaluate", students={}, samples=samples, pictured=list(pictured))
+    stage = EvaluateStage(kind="evaluate", students={}, samples=samples, pictured=list(pictured), **options)
     return order.of_stage(stage, teacher, None)
 
 
@@ -49,8 +49,17 @@ def test_all_prompts_take_turns_or_some_are_spread_evenly():
     assert shown.first_texts(2) == ["prompt 9", "prompt 4"] and shown.first_texts(16) == []
     with pytest.raises(InputError, match=r"'promt 9' is not one of the 10 known prompts; did you mean 'prompt 9'\?"):
         used(20, 16, ["promt 9"], known=10)
-    with pytest.raises(InputError, match="pictured: has no effect, because .* takes no prompts; remove it"):
-        order.of_stage(EvaluateStage(kind="evaluate", students={}, pictured=["a"]), exact.teacher(exact.FIELD), None)
+    for name, value in (("pictured", ["a"]), ("samples_per_prompt", 2)):
+        stage = EvaluateStage(kind="evaluate", students={}, **{name: value})
+        with pytest.raises(InputError, match=f"{name}: has no effect, because .* takes no prompts; remove it"):
+            order.of_stage(stage, exact.teacher(exact.FIELD), None)
+
+
+def test_several_samples_of_each_prompt():
+    assert list(used(20, 16, samples_per_prompt=4).numbers) == [0, 5, 10, 15]
+    assert list(used(20, 16, samples_per_prompt=5).numbers) == [0, 5, 10, 15], "a last one with fewer"
+    assert list(used(3, 16, samples_per_prompt=2).numbers) == [0, 1, 2], "there are no more prompts"
+    assert list(used(20, 16, ["prompt 9"], 10, samples_per_prompt=8).numbers) == [9, 0]
 
 
 def test_a_sample_has_the_condition_of_its_place_in_the_order():

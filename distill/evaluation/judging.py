@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from distill.evaluation.order import PromptOrder
 from distill.flow.draws import permutation
 from distill.flow.tensor_bytes import in_safetensors
 from distill.runs.progress import Progress
-from distill.spec.samplingspec import EvaluateStage
+from distill.spec.samplingspec import RARE, EvaluateStage
 from distill.teachers import LoadedTeacher
 from distill.teachers.conditions import CAPTION
 
@@ -149,7 +150,7 @@ def prepare(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str]
     if len(teacher.codec.pixels(teacher.shape)) != 3:
         raise InputError(f"metrics: {stage.metrics[0]} has no effect: {teacher.description} has no images")
     texts = _texts(teacher, used, are_captions=prompts is None)
-    return Prepared(metrics, used, texts, _groups(stage, texts))
+    return Prepared(metrics, used, texts, _groups(stage, texts, texts if used is None else used.texts))
 
 
 def of_stage(
@@ -179,7 +180,7 @@ def _with_real(
     folder: Path,
 ) -> Judges:
     identity: list[object] = [[each.name, each.statistic, each.digest] for each in found.metrics]
-    identity += [stage.prompt_groups] if found.groups else []
+    identity += [stage.prompt_groups, stage.rare_words] if found.groups else []
     if pixels is None:
         return Judges(found.metrics, found.texts, device, {}, json.dumps(identity), found.groups)
     identity.append(pixels.digest)
@@ -209,16 +210,32 @@ def _kept(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _groups(stage: EvaluateStage, texts: Sequence[str]) -> dict[str, frozenset[int]]:
-    """The prompts with a word of each group. InputError for a group without samples."""
-    found = {}
+def _groups(stage: EvaluateStage, texts: Sequence[str], known: Sequence[str]) -> dict[str, frozenset[int]]:
+    """The prompts with a word of each group. InputError for a group without samples.
+
+    texts: the prompts that samples use. known: those of the data, in which words are counted.
+    """
+    used, found = texts[: stage.samples], {}
     for name, words in stage.prompt_groups.items():
         pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-        used = texts[: stage.samples]
         found[name] = frozenset(number for number, text in enumerate(used) if pattern.search(text))
         if not found[name]:
             raise InputError(f"prompt_groups.{name}: none of the {len(used)} prompts has one of the words {words}")
+    if (most := stage.rare_words) is not None:
+        counts = Counter(word for text in known for word in _words(text))
+        found[RARE] = frozenset(
+            number for number, text in enumerate(used) if any(counts[word] <= most for word in _words(text))
+        )
+        if not found[RARE]:
+            raise InputError(
+                f"rare_words: none of the {len(used)} prompts has a word that at most {most} of the {len(known)} known "
+                "prompts have"
+            )
     return found
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 def _texts(teacher: LoadedTeacher, used: PromptOrder | None, *, are_captions: bool) -> Sequence[str]:

@@ -55,21 +55,23 @@ class PromptOrder:
 def of_stage(stage: EvaluateStage, teacher: LoadedTeacher, prompts: Sequence[str] | None) -> PromptOrder | None:
     """The order of the stage's prompts; None for a teacher without prompts.
 
-    First those of `pictured`, then the others. If there are more of them than samples, these are spread evenly over
+    First those of `pictured`, then the others. If there are more of them than are used, these are spread evenly over
     them, because data is often sorted. InputError if a prompt of `pictured` is not known.
 
     prompts: of the teacher's conditions, in their order; None: only their captions are known.
     """
     if not isinstance(teacher.given, ConditionTable):
-        if stage.pictured:
-            raise InputError(f"pictured: has no effect, because {teacher.description} takes no prompts; remove it")
+        for name in ("pictured", "samples_per_prompt"):
+            if getattr(stage, name) != type(stage).model_fields[name].default:
+                raise InputError(f"{name}: has no effect, because {teacher.description} takes no prompts; remove it")
         return None
     texts = teacher.given.prompts if prompts is None else prompts
     first = _numbers(stage.pictured, texts)
     count, others = teacher.given.count, teacher.given.count - len(first)
-    used = min(others, max(0, stage.samples - len(first)))
+    wanted = -(-stage.samples // stage.samples_per_prompt)
+    used = min(others, max(0, wanted - len(first)))
     spread = (_other(i * others // used, sorted(first)) for i in range(used))
-    return PromptOrder([*first, *spread][: stage.samples], texts, count)
+    return PromptOrder([*first, *spread][:wanted], texts, count)
 
 
 def _other(place: int, without: Sequence[int]) -> int:

@@ -24,8 +24,9 @@ def mistakes(stage: EvaluateStage, prefix: str) -> Iterator[str]:
     scales = [f"{each:g}" for each in (stage.guidance_scale, *stage.guidance_scales)]  # as in the names of files
     for scale in dict.fromkeys(each for each in scales if scales.count(each) > 1):
         yield f"{prefix}guidance_scales: {scale} is measured already; list each other scale once"
-    if stage.prompt_groups and not stage.metrics:
-        yield f"{prefix}prompt_groups: has no effect without metrics; give {prefix}metrics, or remove it"
+    for name in ("prompt_groups", "rare_words"):
+        if getattr(stage, name) and not stage.metrics:
+            yield f"{prefix}{name}: has no effect without metrics; give {prefix}metrics, or remove it"
     for name, words in stage.prompt_groups.items():
         if not words or not all(each.strip() for each in words):
             yield f"{prefix}prompt_groups.{name}: {words} given; must be words, like [red, blue]"

@@ -25,6 +25,7 @@ from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.kinds import AUTO, FITTED, AnySolverName, PairsSolverName, ReferenceName, SolverName, per_velocity
 
 OWN_COLUMNS = {"KID", "precision", "recall", "rms", "straightness"}  # of every evaluation
+RARE = "rare words"  # the group of prompts that rare_words asks for; names of other groups have no space
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 DEFAULT_SOLVER = "heun"  # of pairs
@@ -177,10 +178,14 @@ class EvaluateStage(FrozenModel):
     features; see distill/evaluation/metrics/own.py"""
     medians: list[FunctionName] = []
     """those of metrics of whose scores the median is shown, not the mean"""
+    samples_per_prompt: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    """samples with each prompt, if there are enough prompts; 2 or more are needed to measure their diversity"""
     pictured: list[Line] = []
     """prompts of the data whose samples are shown, beside a real image of each; empty: the first prompts"""
     prompt_groups: dict[Name, list[Line]] = {}
     """also show the scores of metrics for prompts with certain words, like {colours: [red, blue], counts: [two]}"""
+    rare_words: Annotated[int, Field(ge=1)] | None = None
+    """also show them for prompts with a word that at most so many prompts of the data have"""
 
     @property
     def field_settings(self) -> FieldSettings:
