@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, like
+from distill.flow.waiting import any_known
 from distill.protocols import Cond, Conditioning, VelocityField
 
 ROUNDING = 1e-6  # a time may lie outside a range by this much, due to rounding in float32
@@ -134,6 +135,6 @@ def rows_to_call(mask: Tensor) -> Tensor:
 def inside(t: Tensor, t_range: tuple[float, float]) -> Tensor:
     """Clamps t to t_range. Raises ValueError if a time is outside by more than rounding."""
     low, high = t_range
-    if not ((t >= low - ROUNDING) & (t <= high + ROUNDING)).all():
+    if any_known(~((t >= low - ROUNDING) & (t <= high + ROUNDING))):
         raise ValueError(f"t must be within [{low:.6g}, {high:.6g}], got [{t.min():.6g}, {t.max():.6g}]")
     return t.clamp(low, high)

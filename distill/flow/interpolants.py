@@ -27,6 +27,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from distill.flow.waiting import any_known, on
+
 Prediction = Literal["sample", "epsilon", "v_prediction", "velocity"]
 
 
@@ -82,7 +84,7 @@ class Interpolant:
         alpha, sigma, _, _ = self.path(t)
         row_data, row_noise = self._row(t, kind)
         determinant = alpha * row_noise - sigma * row_data  # [B]
-        if (determinant == 0).any():
+        if any_known(determinant == 0):
             raise ValueError(f"a {kind} prediction does not determine the data at the given t on the {self.name} path")
         data = like(row_noise / determinant, x_t) * x_t - like(sigma / determinant, x_t) * prediction
         noise = like(alpha / determinant, x_t) * prediction - like(row_data / determinant, x_t) * x_t
@@ -154,7 +156,7 @@ def vp(alphas_cumprod: Tensor) -> Interpolant:
     last = log_ratio.numel() - 1
 
     def path(t: Tensor) -> Coefficients:
-        table = log_ratio.to(t.device)
+        table = on(log_ratio, t.device)
         position = (t.double() * last).clamp(0, last)
         n = position.floor().clamp(max=last - 1).long()
         slope = table[n + 1] - table[n]
@@ -165,7 +167,7 @@ def vp(alphas_cumprod: Tensor) -> Interpolant:
         return Coefficients(*(c.to(t.dtype) for c in coefficients))
 
     def time_of(ratio: Tensor) -> Tensor:
-        table = log_ratio.to(ratio.device)
+        table = on(log_ratio, ratio.device)
         log_r = torch.log(ratio.double()).clamp(table[0], table[-1])
         n = (torch.searchsorted(table, log_r) - 1).clamp(0, last - 1)
         return ((n + (log_r - table[n]) / (table[n + 1] - table[n])) / last).to(ratio.dtype)

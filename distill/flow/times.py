@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.core.text import suggest
+from distill.flow.waiting import any_known, on
 
 # --- grids ---
 
@@ -54,7 +55,7 @@ def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
     A border belongs to the window below it, also if rounding has changed it by up to 1e-6. t = 0 belongs to the last
     window.
     """
-    ascending = borders.flip(0).to(t.device)
+    ascending = on(borders, t.device).flip(0)
     above = torch.searchsorted(ascending, t.double() - 1e-6).clamp(1, len(ascending) - 1)
     return ascending[above].to(t.dtype), ascending[above - 1].to(t.dtype)
 
@@ -153,7 +154,7 @@ def law(name: str, mu: float | None = None, sigma: float | None = None) -> Calla
 def _checked(u: Tensor) -> Tensor:
     if u.ndim != 1 or u.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"u must be [B] in float32 or float64, got {list(u.shape)} in {u.dtype}")
-    if not ((u >= 0) & (u <= 1)).all():
+    if any_known(~((u >= 0) & (u <= 1))):
         raise ValueError(f"u must be within [0, 1], got [{u.min():.6g}, {u.max():.6g}]")
     return u.double()
 

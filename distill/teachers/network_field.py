@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, Prediction, edm, like
 from distill.flow.times import uniform_grid
+from distill.flow.waiting import on
 from distill.networks.linear_path import edm_velocity, vp_velocity
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Cond, NetworkCall
@@ -148,7 +149,7 @@ class LinearCall:
                 return self.call(network, x, time, cond)
 
             if self.table is not None:
-                return vp_velocity(native, self.prediction, self.table, x_t, t.double())
+                return vp_velocity(native, self.prediction, on(self.table, x_t.device), x_t, t.double())
             assert self.edm is not None
             return edm_velocity(native, *self.edm, x_t, t.double())
         output = self.call(network, x_t, self.time_scale * (1 - t if self.inverted else t), cond).to(x_t.dtype)

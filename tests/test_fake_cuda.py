@@ -1,0 +1,114 @@
+"""The code of recipes on a GPU that is only pretended: tensors there have no values.
+
+A tensor on the CPU that meets one on the GPU is an error, and so is whatever waits for the GPU: reading a value, or a
+copy to the CPU. Whether the numbers are right is tested on the CPU. The backward pass does not run on fake tensors.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_conformance import ALL
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.flow.draws import Rows, StepDraw
+from distill.flow.interpolants import vp
+from distill.teachers.network_field import LinearCall
+from distill.testing.subject import SHAPE, Noise, start
+from distill.training.engine import StepContext
+
+CUDA = torch.device("cuda:0")
+ROWS = 4
+# Recipes that wait for the GPU once in a turn, because the number of rows of a call depends on what was drawn.
+WAIT = ("shortcut/meanflow", "shortcut/shortcut")
+
+
+class NoCopyToCpu(TorchDispatchMode):
+    """Refuses copies from the GPU to the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if isinstance(found, torch.Tensor) and given is not None and given.device.type == "cuda":
+            assert found.device.type != "cpu", f"{function} copies to the CPU"
+        return found
+
+
+@pytest.fixture
+def gpu():
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopyToCpu():
+        yield
+
+
+def moved(module: nn.Module) -> nn.Module:
+    """The module with weights on the GPU."""
+    for part in module.modules():
+        for name, each in part._parameters.items():
+            if each is not None:
+                new = torch.empty(each.shape, dtype=each.dtype, device=CUDA)
+                part._parameters[name] = nn.Parameter(new, requires_grad=each.requires_grad)
+        for name, each in part._buffers.items():
+            if each is not None:
+                part._buffers[name] = torch.empty(each.shape, dtype=each.dtype, device=CUDA)
+    return module
+
+
+def there(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=CUDA)
+
+
+@pytest.fixture
+def started(request):
+    """(recipe, networks, teacher, batch) of a recipe, on the CPU."""
+    subject = ALL[request.param]
+    recipe, init, teacher = start(subject)
+    roles = recipe.networks(init)
+    nets = {name: role.module for name, role in roles.items() if hasattr(role, "module")}
+    nets |= {name: copy.deepcopy(nets[role.of]) for name, role in roles.items() if name not in nets}
+    return subject, recipe, nets, teacher, Noise(ROWS, subject.times).batch(0, Rows(0, ROWS, ROWS))
+
+
+@pytest.mark.parametrize("started", ALL, indirect=True)
+def test_a_recipes_losses_stay_on_the_gpu(started, gpu, monkeypatch):
+    subject, recipe, nets, teacher, batch = started
+    if subject.recipe in WAIT:
+        every_row = lambda mask: torch.arange(len(mask), device=mask.device)  # noqa: E731
+        monkeypatch.setattr(subject.module, "rows_to_call", every_row)
+    for module in {*nets.values(), teacher.network}:
+        moved(module)
+    on_gpu = batch.map(lambda each: there(*each.shape, dtype=each.dtype))
+    for step in range(2):
+        carry = {}
+        for index, turn in enumerate(recipe.turns(step, step * ROWS)):
+            draw = StepDraw(0, step, index, Rows(0, ROWS, ROWS))
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = turn.loss(nets, on_gpu, StepContext(step, step * ROWS, draw, carry))
+            assert {each.device for each in (loss.total, *loss.logs.values())} == {CUDA}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_tables_are_copied_to_the_gpu_once(prediction, request):
+    table = torch.linspace(-4, 4, 100, dtype=torch.float64)
+    path = vp(torch.sigmoid(-2 * table))
+    request.getfixturevalue("gpu")
+    x, t = there(ROWS, *SHAPE), there(ROWS, dtype=torch.float64)
+    call = LinearCall(lambda network, x, time, cond: x, prediction, table)
+    assert call(None, x, t, {}).device == CUDA
+    assert path.convert(x, x, t, prediction, "velocity").device == CUDA
+    assert path.time_of(path.ratio(t)).device == CUDA
+
+
+def test_what_is_refused(gpu):
+    x = there(3)
+    with pytest.raises(AssertionError, match="copies to the CPU"):
+        x.cpu()
+    with pytest.raises(DataDependentOutputException):
+        x.sum().item()
+    with pytest.raises(FakeTensorDeviceMismatchError):
+        x + torch.ones(3, device="cpu")
