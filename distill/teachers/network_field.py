@@ -13,6 +13,9 @@ from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Cond, NetworkCall
 
 
+PURE_NOISE = 1 - 1e-5  # later times of a VP table are those of pure noise, t = 1
+
+
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """Calls a network that has the signature of diffusers' UNet2DModel."""
     output: Tensor = network(x_t, time, class_labels=cond.get("class_labels")).sample
@@ -159,13 +162,17 @@ class LinearCall:
         """The times [steps + 1] along which a student is sampled if its recipe defines none; float64, from noise to 0.
 
         Uniform, except for a VP schedule of T steps: there, step i of N begins at n = T - 1 - floor(i T / N) of the
-        table, where the schedulers of diffusers call a network ("trailing" spacing). The first time is less than 1.
+        table, where the schedulers of diffusers call a network ("trailing" spacing). The first time is less than 1,
+        unless the table ends with pure noise (zero terminal SNR).
         """
         if self.table is None or steps > len(self.table):
             return uniform_grid(steps)
         last = len(self.table) - 1
         n = [last - i * len(self.table) // steps for i in range(steps)]
-        return torch.cat([torch.sigmoid(self.table[n]), torch.zeros(1, dtype=torch.float64)])
+        times = torch.sigmoid(self.table[n])
+        # Samplers round times to float32, which near 1 is too coarse to find the place in the table again.
+        times[times > PURE_NOISE] = 1.0
+        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
 def linear_call(field: NetworkField | EdmField) -> LinearCall:
