@@ -27,6 +27,7 @@ from distill.exchange.transports import at
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear, vp
 from distill.flow.solvers import integrate
+from distill.networks.second_time import SecondTime
 from distill.networks.two_times import TwoTimes
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.model import CheckpointTeacher
@@ -153,7 +154,7 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     config = json.loads(network.to_json_string())
     width, layers = convention.time_width(config), convention.time_layers(network)
 
-    mapped = TwoTimes(native.copied(network, None), layers, width)
+    mapped = TwoTimes(native.copied(network, None), layers, SecondTime(width, []))
     embedded = {}
     for name in layers:
         module = mapped.network.get_submodule(name)

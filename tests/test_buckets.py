@@ -26,6 +26,7 @@ from distill.data.aspects import nearest
 from distill.execution import preflight, sources, stages
 from distill.flow.draws import Rows
 from distill.networks.edm_unet import DhariwalUNet2DModel
+from distill.networks.second_time import SecondTime
 from distill.networks.two_times import TwoTimes
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.runs.run_store import RunPaths
@@ -204,7 +205,7 @@ def test_networks_take_the_sizes_that_they_can_halve_or_that_their_pipeline_allo
     square = "height and width give latents of 6x10, but the network (config.json) makes squares only"
     assert obstacle(dit.pipeline().transformer, (4, 6, 10)) == square
     network = sd3.pipeline().transformer
-    for wrapped in (TwoTimes(network, ["time_text_embed"], 8), network):
+    for wrapped in (TwoTimes(network, ["time_text_embed"], SecondTime(8, [])), network):
         assert obstacle(wrapped, (4, 10, 6)) is None
         assert "has positions for" in obstacle(wrapped, (4, 200, 6))
         assert "works on patches of 2x2" in obstacle(wrapped, (4, 9, 6))

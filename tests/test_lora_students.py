@@ -28,6 +28,7 @@ from distill.students import adapting, isolated, lora_start, lora_verify, native
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
+from distill.students.native_folder import SECOND_TIME
 from distill.testing.training import Recorder
 from distill.training import engine
 from distill.training.memory import storages
@@ -238,7 +239,8 @@ def test_a_student_is_read_again_on_the_weights_of_its_teacher(place, teacher, t
     folder = exported(tmp_path / "s", teacher, student, kind)
     card, files = verify(folder), {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {"pytorch_lora_weights.safetensors", "comfyui/s.safetensors", "scheduler/scheduler_config.json"} <= files
-    assert not any("diffusion_pytorch_model" in name for name in files)
+    weights = {name for name in files if name.endswith("diffusion_pytorch_model.safetensors")}
+    assert weights == ({SECOND_TIME} if kind == "flow_map" else set())
     facts = card.lora["student"]
     assert (facts.rank, facts.alpha) == (2, 2.0)
     assert {"to_q", "to_out.0", "add_k_proj"} <= set(facts.targets)

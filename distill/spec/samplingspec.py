@@ -184,7 +184,7 @@ class EvaluateStage(FrozenModel):
     """prompts of the data whose samples are shown, beside a real image of each; empty: the first prompts"""
     prompt_groups: dict[Name, list[Line]] = {}
     """also show the scores of metrics for prompts with certain words, like {colours: [red, blue], counts: [two]}"""
-    rare_words: Annotated[int, Field(ge=1)] | None = None
+    rare_words: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     """also show them for prompts with a word that at most so many prompts of the data have"""
 
     @property

@@ -12,7 +12,6 @@ from distill.networks.linear_path import edm_velocity, vp_velocity
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Cond, NetworkCall
 
-
 PURE_NOISE = 1 - 1e-5  # later times of a VP table are those of pure noise, t = 1
 
 
