@@ -232,14 +232,17 @@ def test_gradients_flow_through_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["data", "gradient"])
-def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
+def test_after_a_non_finite_loss_no_weights_are_saved(tmp_path, kind):
+    """It is read one step late, when the weights have moved already."""
+
     class Faulty(FlowMatching):
         def networks(self, init):
             self.student = Vector()
             return {"student": Trained(self.student)}
 
         def loss(self, nets, batch, ctx):
-            self.before = {k: v.clone() for k, v in nets["student"].state_dict().items() if k != "calls"}
+            if ctx.step == 3:
+                self.before = {k: v.clone() for k, v in nets["student"].state_dict().items() if k != "calls"}
             loss = super().loss(nets, batch, ctx)
             if kind == "gradient" and ctx.step == 3:  # the root of zero has an infinite slope
                 return Loss(loss.total + (nets["student"].layers[0].weight * 0).sum().sqrt())
@@ -249,15 +252,44 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
     loss = {"data": "nan", "gradient": r"\d\.\d+"}[kind]
     last = tmp_path / "stages/train/checkpoints/step-00000003"
     message = (
-        rf"step 3, turn 0, network 'student': non-finite loss \({loss}\) or gradient norm \(nan\); the weights were "
-        rf"not changed\. Last good checkpoint: {last};"
+        rf"step 3, turn 0, network 'student': non-finite loss \({loss}\) or gradient norm \(nan\); no weights were "
+        rf"saved after it\. Last good checkpoint: {last};"
     )
     with pytest.raises(RunError, match=message):
         train(tmp_path, recipe, source, micro_batch=8)
-    after = {k: v for k, v in recipe.student.state_dict().items() if k != "calls"}
-    assert_same(recipe.before, after)
     stored, _ = checkpoint.weights(last.parent)
-    assert_same({k: stored[k] for k in after}, after)
+    assert_same({k: stored[k] for k in recipe.before}, recipe.before)
+
+
+def test_a_loss_that_is_not_finite_is_told_before_what_follows_from_it(tmp_path):
+    class Fragile(FlowMatching):
+        def loss(self, nets, batch, ctx):
+            if ctx.step == 4:
+                raise ValueError("a recipe stumbles over its weights")
+            return super().loss(nets, batch, ctx)
+
+    with pytest.raises(RunError, match=r"^step 3, turn 0, network 'student': non-finite loss \(nan\)"):
+        train(tmp_path, Fragile(), Ring(fault=3), checkpoint={"images": 48, "minutes": None})
+    assert newest(tmp_path) == 3
+
+
+def newest(folder):
+    """The step of the newest checkpoint."""
+    return int(checkpoint.complete(folder / "stages" / "train" / "checkpoints")[0].name.removeprefix("step-"))
+
+
+def test_weights_that_moved_after_a_loss_that_is_not_finite_are_not_saved(tmp_path):
+    """Also if the next step is made before the loss is read, and if a save is due after it."""
+    for images in (32, 48, 64):
+        folder = tmp_path / str(images)
+        with pytest.raises(RunError, match="^step 3, turn 0, .*non-finite loss"):
+            train(folder, source=Ring(fault=3), checkpoint={"images": images, "minutes": None})
+        if images == 64:
+            assert checkpoint.complete(folder / "stages" / "train" / "checkpoints") == []
+        else:
+            assert newest(folder) == images // 16
+            state, _ = checkpoint.weights(folder / "stages" / "train" / "checkpoints")
+            assert all(each.isfinite().all() for each in state.values())
 
 
 def test_a_non_finite_first_step_says_there_is_no_checkpoint(tmp_path):

@@ -350,15 +350,15 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(together, tmp_path, zer
 
 
 @pytest.mark.parametrize("zero", each(ZERO))
-def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together, tmp_path, zero):
+def test_a_gradient_that_is_no_number_stops_all_before_weights_are_saved(together, tmp_path, zero):
     case = f"faulty-{zero}-fp32-often"
     ranks = start(tmp_path, case)
     assert [rank.end(60) for rank in ranks] == [EXIT_FAILED, EXIT_FAILED]
     last = checkpoint(tmp_path, case, 3)
     for rank in ranks:
         assert re.fullmatch(
-            r"step 3, turn 0, network 'student': non-finite loss \([\d.]+\) or gradient norm \((nan|inf)\); the "
-            rf"weights were not changed\. Last good checkpoint: {last}; lower the learning rate, or use precision: "
+            r"step 3, turn 0, network 'student': non-finite loss \([\d.]+\) or gradient norm \((nan|inf)\); no "
+            rf"weights were saved after it\. Last good checkpoint: {last}; lower the learning rate, or use precision: "
             "fp32",
             rank.said.splitlines()[-1],
         )

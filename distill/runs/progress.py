@@ -151,11 +151,12 @@ class Progress:
         self._line_waited += seconds
         self._event_waited += seconds
 
-    def update(self, done: int, logs: Mapping[str, float]) -> None:
-        """Report that `done` of `total` are done. logs: the numbers of this step. Cheap enough for every step."""
+    def update(self, done: int, *logs: Mapping[str, float]) -> None:
+        """Report that `done` of `total` are done. logs: the numbers of steps. Cheap enough for every step."""
         self.done = done
-        self._line_means.add(logs)
-        self._event_means.add(logs)
+        for each in logs:
+            self._line_means.add(each)
+            self._event_means.add(each)
         now = time.monotonic()
         if now - self._line_time >= self._sink.seconds:
             self._line()

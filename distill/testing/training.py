@@ -32,8 +32,8 @@ class Recorder(Progress):
         self.steps: list[dict[str, float]] = []
         self.stop, self.stop_at = stop, stop_at
 
-    def update(self, done: int, logs: Mapping[str, float]) -> None:
-        self.steps.append(dict(logs))
+    def update(self, done: int, *logs: Mapping[str, float]) -> None:
+        self.steps.extend(map(dict, logs))
         if done == self.stop_at:
             self.stop.signal, self.stop_at = "the test", None
 

@@ -7,7 +7,6 @@ accelerate's `Accelerator` is not used: it supports only one DeepSpeed engine, w
 networks. And without a GPU, unless it is given the backend, each rank would train alone.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,14 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from distill.core.errors import InputError, RunError
+from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
 from distill.flow.draws import Rows, StepDraw, key
-from distill.protocols import Draw, Init, Loss, Recipe, Source
+from distill.protocols import Draw, Init, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage, stage_content
+from distill.training import turn_logs
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
 from distill.training.optimizer import learning_rate
@@ -30,6 +30,7 @@ from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
 from distill.training.sharding import Sharding
+from distill.training.turn_logs import TurnLogs
 from distill.training.world import ALONE, World
 
 
@@ -155,19 +156,33 @@ def _loop(
 ) -> tuple[int, int]:
     """Train from `step`, after `images` images, to `stage.images`. Returns both at the end, where they are saved."""
     world, batch_size = roles.world, stage.batch_size
+    unread: list[TurnLogs] = []  # of the step before
     while images < stage.images:
-        moved = step_once(
-            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
-            probe=probe, last_good=saver.last_good,
-        )  # fmt: skip
+        logs = []
+        try:
+            turns = step_once(
+                recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
+                probe=probe,
+            )  # fmt: skip
+        finally:
+            if unread:
+                logs.append(turn_logs.read(unread, saver.last_good))  # an error here comes before what followed from it
+        unread = turns
         step += 1
-        if "student" in moved:
+        if any(each.network == "student" for each in turns):
             images += batch_size
+        ends = images >= stage.images or saver.checkpoints.due(images)
+        if ends:
+            logs.append(turn_logs.read(unread, saver.last_good))
+            unread = []
         progress.waited(timed.take())
-        progress.update(images, _named(moved))
+        progress.update(images, *logs)
         saver.look()
-        stopped, due = world.meet(f"after step {step}", stop.signal is not None, saver.checkpoints.due(images))
-        if stopped or due or images >= stage.images:
+        stopped, due = world.meet(f"after step {step}", stop.signal is not None, ends)
+        if stopped or due:
+            if unread:  # a signal has come, or another rank asks for it
+                progress.update(images, turn_logs.read(unread, saver.last_good))
+                unread = []
             saver.save(step, images, roles.groups())
         if stopped:
             saver.finish()
@@ -189,14 +204,8 @@ def step_once(
     slices: list[Rows],
     device: torch.device,
     probe: Callable[[Roles], None] | None = None,
-    last_good: Callable[[], object] = lambda: "none",
-) -> dict[str, dict[str, float]]:
-    """One training step with all turns of the recipe. Returns the values to log, by trained network.
-
-    InputError if the recipe yields no turn; RunError if a loss or gradient norm is not finite.
-
-    last_good: returns the newest checkpoint, for a message.
-    """
+) -> list[TurnLogs]:
+    """One training step with all turns of the recipe. Returns what they log. InputError if there is no turn."""
     world = roles.world
     # Only dropout uses the global generator. It is seeded at every step, so that a resumed run drops the same.
     torch.manual_seed(key(seed, "dropout", step, world.rank))
@@ -204,7 +213,7 @@ def step_once(
     with world.contact(f"step {step}, reading its batch"):
         batches = [source.batch(step, rows).map(move) for rows in slices]
     carries: list[dict[str, Tensor]] = [{} for _ in slices]
-    moved: dict[str, dict[str, float]] = {}
+    turns: list[TurnLogs] = []
     for index, turn in enumerate(recipe.turns(step, images)):
         place = f"step {step}, turn {index}, network '{turn.network}'"
         nets, trainable = roles.view(turn.network)
@@ -224,25 +233,18 @@ def step_once(
         with world.contact(place):
             trainable.check_reach()
             norm = trainable.gradient_norm()
-            logs = _means(losses, norm, world)
-            if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
-                raise RunError(
-                    f"{place}: non-finite loss ({logs['loss']}) or gradient norm ({logs['grad_norm']}); the weights "
-                    f"were not changed. Last good checkpoint: {last_good()}; lower the learning rate, or use "
-                    "precision: fp32"
-                )
+            turns.append(TurnLogs.of(turn.network, place, losses, norm, world))
             if probe is not None:
                 probe(roles)
             trainable.step(learning_rate(stage.optimizer, images + stage.batch_size / 2, stage.images), norm)
             roles.moved(turn.network)
-        moved[turn.network] = logs
-    if not moved:
+    if not turns:
         raise InputError(
             f"recipe '{stage.recipe}': turns() yielded nothing at step {step}; it must yield at least one turn"
         )
-    if "student" in moved:
+    if any(each.network == "student" for each in turns):
         roles.ema.update(images, stage.batch_size)
-    return moved
+    return turns
 
 
 def device_name(device: torch.device) -> str:
@@ -255,23 +257,3 @@ def _environment(device: torch.device, micro_batch: int, world: World, sharding:
     where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
     ranks = {"procs": world.size, **sharding.record}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
-
-
-def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:
-    """The means of losses and logs over the micro-batches of all ranks, copied from the device at once."""
-    sums: dict[str, Tensor] = {}
-    for loss in losses:
-        for name, value in {"loss": loss.total, **loss.logs}.items():
-            share = value.detach().float().to(norm.device) / len(losses)
-            sums[name] = sums[name] + share if name in sums else share
-    sums["grad_norm"] = norm.detach().float()
-    return dict(zip(sums, world.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
-
-
-def _named(moved: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The values of a step by name: NAME for the student's, NETWORK.NAME for those of other networks."""
-    out = {}
-    for network, logs in moved.items():
-        prefix = "" if network == "student" else f"{network}."
-        out.update({f"{prefix}{name}": value for name, value in logs.items()})
-    return out

@@ -195,10 +195,11 @@ def _try(
     )  # fmt: skip
     images, had = 0, Counter[str]()
     for step in range(MOST_STEPS):
-        moved = engine.step_once(
+        turns = engine.step_once(
             recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device
         )
-        had.update(moved.keys())
+        moved = {each.network for each in turns}
+        had.update(moved)
         images += stage.batch_size if "student" in moved else 0
         if images >= stage.images or all(had[name] >= TURNS for name in roles.trainables):
             break

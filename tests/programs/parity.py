@@ -262,8 +262,8 @@ class Recorder(Progress):
         super().__init__("parity", STEPS * BATCH, "images", None)
         self.steps, self.stop = [], stop
 
-    def update(self, done, logs):
-        self.steps.append(dict(logs))
+    def update(self, done, *logs):
+        self.steps.extend(map(dict, logs))
         if done == BATCH and self.stop is not None:
             self.stop.signal = "the test"
 
