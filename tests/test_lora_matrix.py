@@ -31,6 +31,7 @@ from distill.spec.model import LaunchSpec, RunSpec
 from distill.students import adapting
 from distill.students.init import teacher_on_linear_path
 from distill.students.loaded import load_student
+from distill.students.native_folder import SECOND_TIME
 from distill.teachers import load_teacher
 from distill.testing.training import Recorder
 
@@ -110,7 +111,7 @@ def exported(paths: RunPaths, stage: str) -> None:
     folder = paths.student(stage)
     card = student_card.verify(folder)
     assert (card.images, card.lora["student"].rank, bool(card.base_digest)) == (IMAGES, 2, True)
-    names = {path.name for path in folder.rglob("*.safetensors")}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - {SECOND_TIME}
     assert "pytorch_lora_weights.safetensors" in names and not any("diffusion_pytorch_model" in each for each in names)
 
 
