@@ -177,6 +177,8 @@ def _loop(
             unread = []
         progress.waited(timed.take())
         progress.update(images, *logs)
+        if saver.has_failed:  # what ends training is said first
+            turn_logs.read(unread, lambda: saver.checkpoints.last or "none yet")
         saver.look()
         stopped, due = world.meet(f"after step {step}", stop.signal is not None, ends)
         if stopped or due:

@@ -156,6 +156,14 @@ class Saver:
         writing.standstill = time.monotonic() - writing.due
         self._writing = writing
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save of this rank has failed, as `look` will say."""
+        writing = self._writing
+        return (
+            writing is not None and writing.thread is not None and not writing.thread.is_alive() and bool(writing.error)
+        )
+
     def look(self) -> None:
         """Note a save that was completed since the last call. Does not wait. RunError if the save has failed."""
         writing = self._writing
