@@ -88,7 +88,7 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         self._differences = (self.sigmas[:-1] - self.sigmas[1:]).to(device=device, dtype=torch.float32)
         found = [float(self._seen(torch.zeros(1), t)[1]) for t in times[:-1]]
         if self.config["before_shift"] and mu is not None:
-            found = [n / (t + mu * (1 - t)) for n, t in zip(found, times, strict=False)]
+            found = [n / (t + mu * (1 - t)) for n, t in zip(found, times[:-1], strict=True)]
         self.timesteps = torch.tensor(found, dtype=torch.float32, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
