@@ -15,9 +15,9 @@ to it. Everything in it is untrusted until it is checked:
 - The content of a student is checked when it is pulled, verified or published, before it gets its final name. Size and
   sha256 of each file must match, and no other files may be there. Each file must have the format of its name, and must
   not lead a loader to other files, classes, weights or code (contents.py). Code must be identical to code that distill
-  has shipped; other code is shown, and accepted only with --trust-code. In students with the network
-  class of a stock pipeline, all files, and the classes that these name, must be among those of known pipelines, and
-  only complete pipelines have code (stock_students.py).
+  has shipped; other code is shown, and accepted only with --trust-code. In students with the network class of a stock
+  pipeline, all files, and the classes that these name, must be among those of known pipelines, and only complete
+  pipelines have code (stock_students.py).
 - For data from a server, time, size and redirects are limited (transports.py, web.py, ssh.py, pulling.py). Its messages
   are printed as one short line.
 - Files that only save time: image indexes (indexes/), costs of steps (schedules/), fitted solvers (fitted/) and
