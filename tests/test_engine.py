@@ -16,7 +16,7 @@ from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
-from distill.training.optimizer import learning_rate
+from distill.training.optimizers import learning_rate
 from distill.training.plain import PLAIN, Plain, PlainTrainable
 from distill.training.roles import Roles
 from distill.training.sharding import Sharding, Trainable

@@ -302,6 +302,24 @@ CASES = {
         vectors(e={"times": {"teacher": ["best"]}}),
         "f: stages.e.times.teacher.0: 'best' given; must be 'optimal' or a list",
     ),
+    "an optimizer that cannot be divided": (
+        images(t={"optimizer": {"name": "muon"}}) | {"launch": {"zero_stage": 1}},
+        "stages.t.optimizer.name: muon does not work with launch.zero_stage: a step needs whole weight matrices, "
+        "which ZeRO divides; use adamw, or zero_stage: null",
+    ),
+    "quantised moments that cannot be divided": (
+        images(t={"optimizer": {"name": "adamw_8bit"}}) | {"launch": {"zero_stage": 0}},
+        "stages.t.optimizer.name: adamw_8bit does not work with launch.zero_stage: its moments are quantised in "
+        "blocks, which ZeRO would cut elsewhere on another number of processes; use adamw, or zero_stage: null",
+    ),
+    "momentum of nothing": (
+        images(t={"optimizer": {"momentum": 0.9}}),
+        "stages.t.optimizer.momentum: has no effect with adamw; remove it, or set name: muon",
+    ),
+    "momentum that never ends": (
+        images(t={"optimizer": {"name": "muon", "momentum": 1.0}}),
+        "stages.t.optimizer.momentum: 1; it must be below 1",
+    ),
     "nothing to offload": (
         images() | {"launch": {"zero_stage": 0, "offload_optimizer": True}},
         "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage",

@@ -19,7 +19,9 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
         stage = ready.resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
         averages = len(stage.ema_half_lives)
-        found[name] = memory.predict(built.sizes, built.copies, averages, launch.world_size, sharding, built.still)
+        found[name] = memory.predict(
+            built.sizes, built.copies, averages, launch.world_size, sharding, built.still, built.moments
+        )
         if built.teacher is not None and built.teacher.network is not None:
             whole = sum(p.numel() * p.element_size() for p in built.teacher.network.parameters())
             found[name]["teacher"] = whole // launch.world_size if sharding.divides_frozen else whole

@@ -74,7 +74,7 @@ class _Forecast:
         batch = launch.known_micro_batch or stage.batch_size // launch.world_size
         seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
         averages, still = len(stage.ema_half_lives), built.still["student"]
-        kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still)
+        kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still, built.moments)
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"] + memory.FLOAT * averages * sum(still)
         exported = memory.FLOAT * built.exported
         return StageCost(seconds, exported + stage.checkpoint.keep * checkpoint)

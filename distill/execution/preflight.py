@@ -37,6 +37,7 @@ from distill.teachers.codecs import LatentCodec
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField
 from distill.teachers.of_students import weak_teacher
 from distill.teachers.sample_sizes import obstacle
+from distill.training import optimizers
 
 CPU = torch.device("cpu")
 Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
@@ -52,6 +53,8 @@ class Built:
     """elements of each trained parameter, by network"""
     still: dict[str, list[int]]
     """elements of each other parameter of these networks"""
+    moments: int | None
+    """bytes of the state of their optimizers, unless these are AdamW"""
     exported: int
     """number of elements in the exported student"""
     copies: list[str]
@@ -249,6 +252,7 @@ def _build(
     earlier: Mapping[str, Built],
 ) -> tuple[Recipe, Built]:
     """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
+    optimizers.require(stage.optimizer)
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     copied = stage.init is None and stage.network is None
     teacher = teacher if copied or "teacher" in recipe.needs else None
@@ -270,6 +274,8 @@ def _build(
     changed = {name: [p for p in each.parameters() if not is_shared(p)] for name, each in trained.items()}
     sizes = {name: [p.numel() for p in each if p.requires_grad] for name, each in changed.items()}
     still = {name: [p.numel() for p in each if not p.requires_grad] for name, each in changed.items()}
+    states = [optimizers.state_bytes(stage.optimizer, each) for each in trained.values()]
+    moments = None if None in states else sum(each or 0 for each in states)
     shared = {p for each in trained.values() for p in each.parameters() if is_shared(p)}
     base = 0 if is_base else sum(p.numel() * p.element_size() for p in shared)
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
@@ -277,7 +283,7 @@ def _build(
     student = made_as.module if isinstance(made_as, Adapter) else trained["student"]  # recipes' adapters will be merged
     exported = sum(p.numel() for p in student.parameters() if not is_shared(p))
     other = None if init.changes is None or origin is None else smaller.describe(origin, init.changes)
-    return made, Built(_pretend(student, init), sizes, still, exported, copies, kept, base, other)
+    return made, Built(_pretend(student, init), sizes, still, moments, exported, copies, kept, base, other)
 
 
 def calls_teacher(recipe: ResolvedRecipe, teacher: LoadedTeacher | None) -> bool:

@@ -4,6 +4,12 @@ from collections.abc import Iterator
 
 from distill.spec.model import MlpSpec, RunSpec, TrainStage
 
+# Why an optimizer cannot be divided as ZeRO does.
+WHOLE = {
+    "adamw_8bit": "its moments are quantised in blocks, which ZeRO would cut elsewhere on another number of processes",
+    "muon": "a step needs whole weight matrices, which ZeRO divides",
+}
+
 
 def mistakes(spec: RunSpec) -> Iterator[str]:
     """The mistakes in the launch section of a spec, without those in launch.slurm (see `clusterspec`)."""
@@ -14,6 +20,12 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
             "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
             "zero_stage: 3"
         )
+    for name, stage in spec.stages.items() if launch.zero_stage is not None else ():
+        if isinstance(stage, TrainStage) and (why := WHOLE.get(stage.optimizer.name)):
+            yield (
+                f"stages.{name}.optimizer.name: {stage.optimizer.name} does not work with launch.zero_stage: {why}; "
+                "use adamw, or zero_stage: null"
+            )
     if launch.offload_optimizer and not launch.zero_stage:
         yield "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage"
     if launch.divide_teacher and launch.world_size == 1:

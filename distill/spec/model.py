@@ -43,6 +43,7 @@ from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     VideosData,
 )
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.optimizerspec import OptimizerSpec
 from distill.spec.rolespec import LoraSpec, MlpSpec, NetworkSpec, StudentSpec, UNetSpec  # noqa: F401  (parts of the spec)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
 
@@ -153,25 +154,6 @@ TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Fi
 
 
 # --- stages ---
-
-
-class OptimizerSpec(FrozenModel):
-    """AdamW."""
-
-    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
-    """learning rate after the warm-up"""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    """decay of the averages of gradient and squared gradient"""
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """epsilon, added to the denominator of the update"""
-    weight_decay: float = Field(0.0, ge=0, le=1000)
-    """decoupled weight decay"""
-    warmup_images: int = Field(0, ge=0, le=10**13)
-    """linear warm-up, in images"""
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    """learning-rate schedule from the end of the warm-up to the end of the stage"""
-    clip: PositiveFloat | None = 1.0
-    """maximum gradient norm of each network; larger gradients are clipped; null: no clipping"""
 
 
 class CheckpointSpec(FrozenModel):
@@ -316,6 +298,7 @@ class LaunchSpec(FrozenModel):
 ADDED = {
     "guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance", "student", "lora",
 }  # fmt: skip
+ADDED_TO_OPTIMIZER = {"name", "momentum"}
 ADDED_TO_TEACHER = {
     "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
 }  # fmt: skip
@@ -387,7 +370,10 @@ class RunSpec(FrozenModel):
 
 def stage_content(stage: Stage) -> dict[str, Any]:
     """The fields of a stage, without defaults of those that earlier versions did not have."""
-    return _without_defaults(stage.model_dump(mode="json"), stage, ADDED)
+    content = _without_defaults(stage.model_dump(mode="json"), stage, ADDED)
+    if isinstance(stage, TrainStage):
+        content["optimizer"] = _without_defaults(content["optimizer"], stage.optimizer, ADDED_TO_OPTIMIZER)
+    return content
 
 
 def _without_defaults(content: dict[str, Any], of: BaseModel, added: set[str]) -> dict[str, Any]:

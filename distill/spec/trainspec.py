@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from distill.spec import optimizerspec
 from distill.spec.model import (
     MlpSpec,
     PairsStage,
@@ -69,7 +70,7 @@ def buckets(found: Resolved) -> Iterator[str]:
 
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
     """The mistakes in the lengths of a stage: images, batch size, micro-batch, warm-up, averages, checkpoints."""
-    batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
+    batch, procs = stage.batch_size, spec.launch.world_size
     micro = spec.launch.known_micro_batch  # with "auto", only fitting sizes are tried later
     samples = micro or batch // procs
     if stage.images % batch:
@@ -87,13 +88,7 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
             "do not contain whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of "
             f"{rows_together}"
         )
-    if optimizer.warmup_images >= stage.images:
-        yield (
-            f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "
-            "the warm-up must end before the training does"
-        )
-    if 1 in optimizer.betas:
-        yield f"{where}.optimizer.betas: {list(optimizer.betas)}; both must be below 1"
+    yield from optimizerspec.mistakes(stage.optimizer, stage.images, f"{where}.optimizer")
     halves = stage.ema_half_lives
     if len(set(halves)) != len(halves):
         yield f"{where}.ema_half_lives: {halves} contains a value twice"

@@ -26,11 +26,18 @@ FLOAT = 4  # bytes of a float32
 
 
 def predict(
-    sizes: Sizes, copies: list[str], averages: int, procs: int, sharding: Sharding, still: Sizes | None = None
+    sizes: Sizes,
+    copies: list[str],
+    averages: int,
+    procs: int,
+    sharding: Sharding,
+    still: Sizes | None = None,
+    moments: int | None = None,
 ) -> dict[str, int]:
     """Predicted bytes of a rank by kind.
 
     sizes: elements of the trained parameters, by network. still: the same of the other parameters.
+    moments: bytes of the state of optimizers other than AdamW, which are not divided.
     copies: for each target copy, the network that it copies. averages: number of averages of the student's weights.
     """
     others = still or {}
@@ -41,7 +48,8 @@ def predict(
         "optimizer": held.optimizer,
         "ema": averages * held.masters["student"],
     }
-    return {kind: FLOAT * count for kind, count in elements.items()}
+    found = {kind: FLOAT * count for kind, count in elements.items()}
+    return found if moments is None else found | {"optimizer": moments}
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -116,7 +124,8 @@ class Probe:
         sizes = {name: trainable.sizes for name, trainable in roles.trainables.items()}
         still = {name: trainable.still for name, trainable in roles.trainables.items()}
         copies = [copy.of for copy in roles.copies.values()]
-        self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.sharding, still)
+        averages, moments = len(roles.ema.averages), roles.moments
+        self.predicted = predict(sizes, copies, averages, self.procs, self.sharding, still, moments)
         everything = storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
         known = set().union(*found.values())
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,23 @@ from distill.flow.draws import Rows
 from distill.networks.sharing import is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
-from distill.training.optimizer import FACTOR, Reach, buckets, parameter_groups
+from distill.training import optimizers
+from distill.training.averaging import Averaging
+from distill.training.reach import Reach
 from distill.training.sharding import Held, Sizes
 from distill.training.world import ALONE, World
 
 
 class PlainTrainable:
-    """The network of `role` with AdamW, on the network's device. Implements `sharding.Trainable`.
+    """The network of `role` with its optimizers, on the network's device. Implements `sharding.Trainable`.
 
     ValueError if no parameter has requires_grad=True, or if one that has is not float32.
+
+    passes: number of backward passes for each optimizer step.
     """
 
-    def __init__(self, name: str, role: Trained, spec: OptimizerSpec, world: World = ALONE) -> None:
-        self.name, self.module, self.spec, self.world = name, role.module, spec, world
+    def __init__(self, name: str, role: Trained, spec: OptimizerSpec, world: World = ALONE, passes: int = 1) -> None:
+        self.name, self.module, self.spec, self.world, self.passes = name, role.module, spec, world, passes
         # Tied weights keep all their names, as in a state dict: averages must contain all of them.
         named = dict(self.module.named_parameters(remove_duplicate=False))
         self._parameters = {key: p for key, p in named.items() if p.requires_grad}
@@ -35,18 +40,11 @@ class PlainTrainable:
         self._unique = list(dict.fromkeys(self._parameters.values()))
         self.sizes = [p.numel() for p in self._unique]
         self.still = [p.numel() for p in self.module.parameters() if not p.requires_grad and not is_shared(p)]
-        device = self._unique[0].device
-        fused = device.type in ("cpu", "cuda")
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(name, role, self._parameters),
-            lr=spec.lr,
-            betas=spec.betas,
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=fused,
-            foreach=None if fused else True,
-        )
+        groups = optimizers.parameter_groups(name, role, self._parameters)
+        self._optimizers = optimizers.build(spec, self.module, groups)
+        self.moments = optimizers.state_bytes(spec, self.module)
         self._active: bool | None = None
+        self._passes = 0  # since the last step
         self._reach = Reach(name, self._parameters, role.waiting)
 
     @property
@@ -66,39 +64,52 @@ class PlainTrainable:
             parameter.requires_grad_(active)
 
     def backward(self, loss: Tensor) -> None:
+        self._passes += 1
+        if self.world.size == 1:
+            loss.backward()
+            return
+        if self._passes == 1:
+            self._averaging.begin()
+        if self._passes == self.passes:
+            self._averaging.expect()
         loss.backward()
+        if self._passes == self.passes:
+            self._averaging.send_rest()
+
+    @cached_property
+    def _averaging(self) -> Averaging:
+        return Averaging(self._unique, self.world)
 
     def check_reach(self) -> None:
         self._reach.check(self.world)
 
     def gradient_norm(self) -> Tensor:
-        """Average the gradients over the ranks, in place, and return their global norm before clipping.
+        """The global norm of the gradients, averaged over the ranks, before clipping.
 
         A parameter without a gradient gets gradient 0, so that its moments and weight decay are updated too, as with
         DeepSpeed.
         """
+        assert self._passes == self.passes
+        if self.world.size > 1:
+            self._averaging.wait()
         for p in self._unique:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self._unique if p.grad is not None]
-        if self.world.size > 1:
-            for bucket in buckets({i: grad.numel() for i, grad in enumerate(grads)}):
-                mean = self.world.mean(torch.cat([grads[i].reshape(-1) for i in bucket]))
-                for i, part in zip(bucket, mean.split([grads[i].numel() for i in bucket]), strict=True):
-                    grads[i].copy_(part.view_as(grads[i]))
-        return torch.nn.utils.get_total_norm(grads)
+        return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
 
     def step(self, lr: float, norm: Tensor) -> None:
         """Clip the gradients, update the weights, clear the gradients."""
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._unique, self.spec.clip, norm)
         self._set_lr(lr)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._passes = 0
 
     def _set_lr(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group[FACTOR]
+        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
+            group["lr"] = lr * group[optimizers.FACTOR]
 
     def masters(self) -> dict[str, Tensor]:
         return dict(self._parameters)
@@ -120,21 +131,19 @@ class PlainTrainable:
         return {key: t for key, t in own_state(self.module).items() if key not in self._parameters}
 
     def state(self) -> dict[str, Tensor]:
-        moments = self._optimizer.state
-        return {f"{key}/{name}": t for key, p in self._parameters.items() for name, t in moments.get(p, {}).items()}
+        states = {key: optimizers.state(self._optimizers, p) for key, p in self._parameters.items()}
+        return {f"{key}/{name}": tensor for key, each in states.items() for name, tensor in each.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self._refuse_unknown(tensors)
         if not tensors:
             return
         self._reach.close()  # the turns before the checkpoint are not known any more
-        moments: dict[int, dict[str, Tensor]] = {}
-        number = {p: i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
+        states: dict[nn.Parameter, dict[str, Tensor]] = {}
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("/")
-            moments.setdefault(number[self._parameters[key]], {})[name] = tensor
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            states.setdefault(self._parameters[key], {})[name] = tensor
+        optimizers.load(self._optimizers, states)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -148,7 +157,7 @@ class PlainTrainable:
         return {
             "parameters": [p for p in self.module.parameters() if not is_shared(p)],
             "gradients": [p.grad for p in self._unique if p.grad is not None],
-            "optimizer": [t for moments in self._optimizer.state.values() for t in moments.values()],
+            "optimizer": [t for p in self._unique for t in optimizers.state(self._optimizers, p).values()],
         }
 
 
@@ -161,7 +170,7 @@ class Plain:
     def wrap(
         self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
     ) -> PlainTrainable:
-        return PlainTrainable(name, role, spec, world)
+        return PlainTrainable(name, role, spec, world, len(slices))
 
     def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
         raise AssertionError("nothing is divided")

@@ -170,12 +170,20 @@ class Roles:
         if isinstance(self.recipe, Stateful):
             yield RECIPE_GROUP, self.recipe.state()
 
+    @property
+    def moments(self) -> int | None:
+        """Bytes of the whole state of optimizers other than AdamW; None for AdamW. All networks have the same one."""
+        found = [trainable.moments for trainable in self.trainables.values()]
+        return None if None in found else sum(each or 0 for each in found)
+
     def checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint: float32 weights, two moments for each trained one, averages and copies."""
-        moments = 2 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
+        """About the size of a checkpoint: float32 weights, the optimizers' state, averages and copies."""
+        moments = self.moments
+        if moments is None:
+            moments = 8 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
         whole = {name: sum(each.sizes) + sum(each.still) for name, each in self.trainables.items()}
         copies = sum(whole[role.of] for role in self.copies.values())
-        return 4 * (moments + sum(whole.values()) + len(self.ema.averages) * whole["student"] + copies)
+        return moments + 4 * (sum(whole.values()) + len(self.ema.averages) * whole["student"] + copies)
 
     def live(self) -> dict[str, list[Tensor]]:
         """This rank's tensors by kind: the kinds of `Trainable.live`, "ema" and "copies"."""

@@ -36,6 +36,8 @@ class Trainable(Protocol):
     @property
     def still(self) -> Sequence[int]: ...  # elements of each parameter that is not trained
     @property
+    def moments(self) -> int | None: ...  # bytes of the whole state of an optimizer other than AdamW
+    @property
     def waiting(self) -> set[str]: ...  # names of parameters that need no gradient in the first turns
 
     def activate(self, active: bool) -> None:

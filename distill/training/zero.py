@@ -21,12 +21,13 @@ from distill.flow.draws import Rows
 from distill.networks.sharing import has_base, is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
-from distill.training.optimizer import BUCKET, buckets
+from distill.training.averaging import buckets
 from distill.training.plain import PLAIN, PlainTrainable
 from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 50_000_000  # most elements that are gathered, or divided, at once
 PERSISTENT = 100_000  # DeepSpeed's default in stage 3: parameters of at most so many elements stay whole
 QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # both would wait for the GPU
 
@@ -85,9 +86,10 @@ class ZeroTrainable(PlainTrainable):
         zero: "Zero",
         slices: list[Rows],
     ) -> None:
-        super().__init__(name, role, spec, world)
+        super().__init__(name, role, spec, world, len(slices))
         assert zero.stage is not None
-        self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
+        self.stage = zero.stage
+        (self._optimizer,) = self._optimizers  # AdamW: the checks of a spec refuse others
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 makes the parameters empty
         config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
@@ -101,14 +103,14 @@ class ZeroTrainable(PlainTrainable):
         return self.engine
 
     def backward(self, loss: Tensor) -> None:
-        if self._micro_steps:
+        if self._passes:
             # DeepSpeed expects step() after every micro-batch; it updates the weights only after the last one.
             self.engine.step()
-        self._micro_steps += 1
+        self._passes += 1
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self) -> Tensor:
-        assert self._micro_steps == self.accumulate
+        assert self._passes == self.passes
         optimizer = self.engine.optimizer
         if self.stage == 0:
             return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
@@ -124,7 +126,7 @@ class ZeroTrainable(PlainTrainable):
         if self.stage == 3:
             # Otherwise a parameter that the next turn does not reach would be updated with these gradients again.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        self._micro_steps = 0
+        self._passes = 0
 
     def masters(self) -> dict[str, Tensor]:
         """This rank's parts of the fp32 weights, as flat tensors by name."""
@@ -134,7 +136,7 @@ class ZeroTrainable(PlainTrainable):
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, made from the parts of all ranks, on rank 0; an empty dict on the others."""
         whole: dict[str, Tensor] = {}
-        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}):
+        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}, BUCKET):
             sizes = [self.shapes[key].numel() for key in keys]
             full = torch.zeros(sum(sizes), device=self.engine.device)
             for key, target in zip(keys, full.split(sizes), strict=True):
@@ -275,7 +277,7 @@ class Zero:
         self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
     ) -> Trainable:
         if self.stage is None:
-            return PlainTrainable(name, role, spec, world)
+            return PlainTrainable(name, role, spec, world, len(slices))
         return ZeroTrainable(name, role, spec, world, device=device, zero=self, slices=slices)
 
     def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
@@ -324,6 +326,8 @@ def _config(numel: int, spec: OptimizerSpec, zero: "Zero", slices: list[Rows]) -
         division["stage3_param_persistence_threshold"] = zero.persistence_threshold
     if zero.offload_optimizer:
         division["offload_optimizer"] = {"device": "cpu"}
+    if zero.stage in (1, 2):
+        division["overlap_comm"] = True  # send gradients while the backward pass computes others; default in stage 3
     return {
         "train_micro_batch_size_per_gpu": slices[0].stop - slices[0].start,
         "gradient_accumulation_steps": len(slices),

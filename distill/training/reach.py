@@ -1,74 +1,14 @@
-"""Shared by all ways to divide networks: learning rates, parameter groups, a check that gradients reach all weights."""
+"""Checks that the gradients of a network reach all weights that are trained."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
-from distill.protocols import Trained
-from distill.spec.model import OptimizerSpec
 from distill.training.world import World
-
-BUCKET = 50_000_000  # most elements that are sent at once
-FACTOR = "lr_factor"  # key in a parameter group: the factor of the stage's learning rate
-Key = TypeVar("Key", int, str)
-
-
-def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
-    """Learning rate after `images` of `total` images.
-
-    Linear warm-up, then constant, or cosine or linear decay to 0 at `total`. The engine passes the middle of each step,
-    so that neither the first nor the last step has learning rate 0.
-    """
-    if images < spec.warmup_images:
-        return spec.lr * images / spec.warmup_images
-    rest = total - spec.warmup_images
-    progress = min(1.0, (images - spec.warmup_images) / rest) if rest > 0 else 0.0
-    match spec.decay:
-        case "constant":
-            return spec.lr
-        case "linear":
-            return spec.lr * (1 - progress)
-        case "cosine":
-            return spec.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
-    """Split the keys, in order, into groups of at most `BUCKET` elements; a larger tensor is a group of its own."""
-    group: list[Key] = []
-    for key, size in sizes.items():
-        if group and sum(sizes[other] for other in group) + size > BUCKET:
-            yield group
-            group = []
-        group.append(key)
-    yield group
-
-
-def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups for the optimizer, one for each learning rate, with the factor of the stage's learning rate.
-
-    ValueError if a pattern of `role.groups` matches no trained parameter, or two patterns match the same one.
-    """
-    chosen: dict[nn.Parameter, str] = {}  # a tied parameter has several names but one factor
-    for pattern in role.groups:
-        matched = {p for key, p in parameters.items() if fnmatchcase(key, pattern)}
-        if not matched:
-            raise ValueError(f"network '{network}': groups names '{pattern}', but no trained parameter has this name")
-        for key, p in parameters.items():
-            if p in matched and chosen.setdefault(p, pattern) != pattern:
-                raise ValueError(
-                    f"network '{network}': groups names '{key}' by two patterns, '{chosen[p]}' and '{pattern}'; give "
-                    "each parameter at most one"
-                )
-    found: dict[float, list[nn.Parameter]] = {}
-    for p in dict.fromkeys(parameters.values()):
-        found.setdefault(role.lr * role.groups.get(chosen.get(p, ""), 1.0), []).append(p)
-    return [{"params": group, FACTOR: factor} for factor, group in found.items()]
 
 
 class Reach:
