@@ -138,7 +138,7 @@ FIELDS = {
     ),
     "unknown half-life": (
         ["stages.teach.export=9000.5"],
-        SPEC + f"stages.teach.export: 9000.5 is not one of ema_half_lives; valid: raw, {HALVES}",
+        SPEC + f"stages.teach.export: 9000.5 is not one of ema_half_lives and ema_lengths; valid: raw, {HALVES}",
     ),
     "needs data": (
         ["data={kind: none}"],
@@ -413,6 +413,19 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
         (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
         (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life cannot be combined"),
+        (
+            ["teach", "--half-life", "0.5"],
+            "--half-life 0.5: half-lives are at least 1 image; for a length give --ema-length",
+        ),
+        (
+            ["teach", "--ema-length", "0.3"],
+            "--ema-length 0.3: give a number from 0.01 to 0.28, a fraction of the training",
+        ),
+        (
+            ["teach", "--ema-length", "0.1"],
+            "--ema-length 0.1 is not one of ema_lengths (none) of stage 'teach', and it keeps no snapshots to make "
+            "others from; set ema_snapshots in the spec of the next run",
+        ),
         (
             ["reflow"],
             "the checkpoints of stage 'reflow' were deleted; use its exported student: runs/one/students/reflow",

@@ -15,7 +15,7 @@ from distill.flow.interpolants import linear
 from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
-from distill.training import checkpoint
+from distill.training import checkpoint, checkpoint_files
 from distill.training.optimizers import learning_rate
 from distill.training.plain import PLAIN, Plain, PlainTrainable
 from distill.training.roles import Roles
@@ -545,7 +545,7 @@ def test_settings_of_a_resume_may_not_change(tmp_path):
 def test_a_training_with_the_random_numbers_of_an_older_version_is_not_resumed(tmp_path):
     train(tmp_path, images=64)
     newest = checkpoint.complete(tmp_path / "stages" / "train" / "checkpoints")[0] / "meta.json"
-    meta = checkpoint.Meta.model_validate_json(newest.read_bytes())
+    meta = checkpoint_files.Meta.model_validate_json(newest.read_bytes())
     assert meta.settings.pop("draws") == 3
     newest.write_text(meta.sealed().model_dump_json())
     with pytest.raises(

@@ -24,6 +24,8 @@ stages:
     images: 256
     batch_size: 64
     ema_half_lives: [1, 8]
+    ema_lengths: [0.1, 0.2]
+    ema_snapshots: 64
     export: 8
   pairs: {kind: pairs, teacher: teach, count: 96, block: 32, shard: 32, steps: 2}
   reflow: {kind: train, recipe: reflow/reflow, teacher: teach, pairs: pairs, images: 128, batch_size: 64}
@@ -157,6 +159,8 @@ def test_export_gives_any_average_of_the_newest_checkpoint(capfd, run, tmp_path)
     kept = load_file(run.student("teach") / "unet" / "diffusion_pytorch_model.safetensors")
     same, raw, fast = exported("same"), exported("raw", "--raw"), exported("fast", "--half-life", "1")
     assert all(torch.equal(same[name], kept[name]) for name in kept)
-    for other in (raw, fast):
+    short, made = exported("short", "--ema-length", "0.1"), exported("made", "--ema-length", "0.15")
+    assert student_card.read(tmp_path / "made").weights == 0.15
+    for other in (raw, fast, short, made):
         assert other.keys() == kept.keys()
         assert any(not torch.equal(other[name], kept[name]) for name in kept)

@@ -192,7 +192,28 @@ CASES = {
     ),
     "unknown half-life": (
         vectors(r={"ema_half_lives": [500, 1000], "export": 600}),
-        "stages.r.export: 600 is not one of ema_half_lives; valid: raw, 500, 1000",
+        "stages.r.export: 600 is not one of ema_half_lives and ema_lengths; valid: raw, 500, 1000",
+    ),
+    "half-life of less than an image": (
+        images(t={"ema_half_lives": [0.5]}),
+        "stages.t.ema_half_lives: 0.5 of an image; give at least 1. Lengths relative to the training belong in "
+        "ema_lengths",
+    ),
+    "EMA length twice": (
+        images(t={"ema_lengths": [0.1, 0.1]}),
+        "stages.t.ema_lengths: [0.1, 0.1] contains a value twice",
+    ),
+    "snapshots of nothing": (
+        images(t={"ema_snapshots": 128}),
+        "stages.t.ema_snapshots: has no effect without ema_lengths; add ema_lengths: [0.05, 0.1], or remove it",
+    ),
+    "snapshots that never come": (
+        images(t={"ema_lengths": [0.1], "ema_snapshots": 10**9}),
+        f"stages.t.ema_snapshots: {10**9} of {TEACH['images']} images; give at most half of them",
+    ),
+    "too many snapshots": (
+        images(t={"images": 1_280_000, "ema_lengths": [0.1], "ema_snapshots": 128}),
+        "stages.t.ema_snapshots: makes 10,000 snapshots; give more images, for at most 1,000",
     ),
     "half-life twice": (
         vectors(r={"ema_half_lives": [500, 500]}),

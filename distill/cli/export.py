@@ -52,6 +52,13 @@ def export(
         float | None,
         typer.Option(help="Export the EMA weights of a checkpoint with this half-life, in images."),
     ] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(
+            help="Export EMA weights of this length, relative to the training, like 0.12: those of a checkpoint if the "
+            "stage's ema_lengths has it, else made from the stage's snapshots (ema_snapshots).",
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Export the weights of a checkpoint without averaging (EMA).")
     ] = False,
@@ -76,13 +83,19 @@ def export(
 ) -> None:
     """Export a student, even during training. It is first compared with what plain diffusers loads and samples."""
     runs = store_path(store)
-    if raw and half_life is not None:
-        raise InputError("--raw and --half-life cannot be combined")
+    given = {"--raw": raw or None, "--half-life": half_life, "--ema-length": ema_length}
+    options = [name for name, value in given.items() if value is not None]
+    if len(options) > 1:
+        raise InputError(f"{' and '.join(options)} cannot be combined")
+    if half_life is not None and half_life < 1:
+        raise InputError(f"--half-life {half_life:g}: half-lives are at least 1 image; for a length give --ema-length")
+    if ema_length is not None and not 0.01 <= ema_length <= 0.28:
+        raise InputError(f"--ema-length {ema_length:g}: give a number from 0.01 to 0.28, a fraction of the training")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {short(dtype)}: {suggest(dtype, DTYPES)}")
     if teacher is not None and not whole:
         raise InputError(f"--teacher {short(teacher)} has no effect without --whole; leave it out")
-    weights: Literal["raw"] | float | None = "raw" if raw else half_life
+    weights: Literal["raw"] | float | None = "raw" if raw else half_life or ema_length
     found = _found(student, stage, runs, weights)
     folder = out or Path(found.name)
     if folder.exists() or folder.is_symlink():
@@ -119,24 +132,37 @@ def _found(given: str, stage: str | None, store: Path, weights: Literal["raw"] |
             )
         if isinstance(found, Path):
             if weights is not None:
-                option = "--raw" if weights == "raw" else "--half-life"
+                option = "--raw" if weights == "raw" else "--half-life" if weights >= 1 else "--ema-length"
                 raise InputError(f"{option} has no effect: {found} has one set of weights; name a run, or leave it out")
             return ExportedStudent(f"{found.absolute().name}-export", found)
         run, name, step = found.run, found.stage, found.step
     new = f"{run.name}-{name}" + (f"-step-{step}" if step is not None else "")
     if weights is None and step is None and (run.student(name) / "distill.json").is_file():
         return ExportedStudent(new, run.student(name), run, name)
-    _refuse_weights(run, name, weights)
+    _refuse_weights(run, name, weights, step)
     return ExportedStudent(new, None, run, name, step)
 
 
-def _refuse_weights(run: RunPaths, name: str, weights: Literal["raw"] | float | None) -> None:
+def _refuse_weights(run: RunPaths, name: str, weights: Literal["raw"] | float | None, step: int | None) -> None:
     """InputError if a stage has no such weights, or its checkpoints were deleted."""
     stage = todo.load_spec(run).stages[name]
     assert isinstance(stage, TrainStage)
-    if isinstance(weights, float) and weights not in stage.ema_half_lives:
-        valid = ", ".join(f"{half:g}" for half in stage.ema_half_lives) or "none; use --raw"
-        raise InputError(f"--half-life {weights:g} is not one of the stage's; valid: {valid}")
+    if isinstance(weights, float) and weights not in stage.averages:
+        if weights >= 1:
+            valid = ", ".join(f"{half:g}" for half in stage.ema_half_lives) or "none; use --raw"
+            raise InputError(f"--half-life {weights:g} is not one of the stage's; valid: {valid}")
+        valid = ", ".join(f"{each:g}" for each in stage.ema_lengths) or "none"
+        if stage.ema_snapshots is None:
+            raise InputError(
+                f"--ema-length {weights:g} is not one of ema_lengths ({valid}) of stage '{name}', and it keeps no "
+                "snapshots to make others from; set ema_snapshots in the spec of the next run"
+            )
+        if step is not None:
+            raise InputError(
+                f"--ema-length {weights:g}: checkpoints have only ema_lengths ({valid}); leave out @step-{step} to "
+                "make other lengths from the snapshots"
+            )
+        return
     if run.stage(name).done.exists() and not run.stage(name).checkpoints.is_dir():
         raise InputError(
             f"the checkpoints of stage '{name}' were deleted; use its exported student: {near(run.student(name))}"

@@ -1,6 +1,7 @@
 """The command `distill`: its subcommands and error handling."""
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -244,6 +245,8 @@ def run() -> NoReturn:
     A rank exits with os._exit, without a normal interpreter shutdown: remaining threads of gloo and NCCL can abort it
     (one time in ten with torch 2.14) after all the work is done. A process of a cluster job records how it ended.
     """
+    # PEFT and diffusers import bitsandbytes if it is installed, and it warns of optional packages of its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     in_job = tasks.is_task()
     if in_job:
         tasks.adopt()

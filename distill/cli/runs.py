@@ -149,7 +149,7 @@ def clean(
         str | None, typer.Argument(metavar="[RUN]", help="Name of a run in the store, or its folder.")
     ] = None,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Delete the checkpoints of stages that are done.")
+        bool, typer.Option("--checkpoints", help="Delete the checkpoints of stages that are done, and their snapshots.")
     ] = False,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Delete pairs; they are generated again if a stage still needs them.")
@@ -278,8 +278,9 @@ def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
     """Paths that may be deleted: checkpoints of completed stages, pairs, claims of killed processes."""
     found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # .running-*: of a process killed while claiming the run
     for stage in sorted((root / "stages").glob("*")):
-        if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():
-            found.append(stage / "checkpoints")
+        for name in ("checkpoints", "snapshots"):
+            if checkpoints and (stage / "done.json").exists() and (stage / name).is_dir():
+                found.append(stage / name)
         if pairs and (stage / "pairs").is_dir():
             found.append(stage / "pairs")
     return found

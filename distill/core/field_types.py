@@ -57,6 +57,8 @@ Positive = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+EmaLength = Annotated[float, Field(ge=0.01, le=0.28)]
+"""Standard deviation of the times that an average of weights covers, relative to the training; 0.289 is all of it."""
 # Far above any real use. A larger number is a typing error, which would otherwise be noticed only after hours of work.
 MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
 MAX_SHARDS = 100_000  # files of a pair set: they are in one folder, and their names have five digits

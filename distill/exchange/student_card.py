@@ -145,7 +145,7 @@ class StudentCard(FrozenModel):
     """guidance scale that its network gets as an input, as in training; null: it takes none, its conditions have one in
     each row, or an earlier version wrote the card"""
     weights: Literal["raw"] | Number
-    """raw, or the half-life of the EMA weights, in images"""
+    """raw, or the half-life of the EMA weights in images, or, below 1, their length relative to the training"""
     images: Count
     """samples shown to the optimizer"""
     metrics: Metrics = {}

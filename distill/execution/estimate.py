@@ -18,7 +18,7 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
     for name, built in ready.built.items():
         stage = ready.resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
-        averages = len(stage.ema_half_lives)
+        averages = len(stage.averages)
         found[name] = memory.predict(
             built.sizes, built.copies, averages, launch.world_size, sharding, built.still, built.moments
         )

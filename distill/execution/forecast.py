@@ -73,11 +73,15 @@ class _Forecast:
         together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
         batch = launch.known_micro_batch or stage.batch_size // launch.world_size
         seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
-        averages, still = len(stage.ema_half_lives), built.still["student"]
+        averages, still = len(stage.averages), built.still["student"]
         kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still, built.moments)
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"] + memory.FLOAT * averages * sum(still)
         exported = memory.FLOAT * built.exported
-        return StageCost(seconds, exported + stage.checkpoint.keep * checkpoint)
+        snapshots = 0
+        if stage.ema_snapshots is not None:
+            each = memory.FLOAT * len(stage.ema_lengths) * (sum(built.sizes["student"]) + sum(still))
+            snapshots = math.ceil(stage.images / stage.ema_snapshots) * each
+        return StageCost(seconds, exported + snapshots + stage.checkpoint.keep * checkpoint)
 
     def cache(self) -> StageCost:
         """The cost of making all caches. Those that the store has already are not taken into account."""

@@ -33,7 +33,7 @@ from distill.students import adapting, loaded
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
-from distill.training import checkpoint, engine, loading, memory, micro_batch
+from distill.training import checkpoint, engine, loading, memory, micro_batch, snapshots
 from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
 
@@ -257,16 +257,19 @@ def export_checkpoint(
     """Export the student of a train stage from a checkpoint to `folder`. The run may be in progress.
     InputError if there is no such checkpoint.
 
-    weights: "raw", or one of the stage's `ema_half_lives`, in images.
+    weights: "raw", one of the stage's `averages`, or any length below 1 if it keeps snapshots.
     step: of the checkpoint; None: the newest.
     """
     stage = spec.stages[name]
     assert isinstance(stage, TrainStage)
-    checkpoints = paths.stage(name).checkpoints
-    if not checkpoint.complete(checkpoints):
+    if not _needs_snapshots(stage, weights) and not checkpoint.complete(paths.stage(name).checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
     work = Work(paths, resolved.of_run(spec, paths.root), name, CPU)
     _export(work, stage, None, weights, folder, step=step)
+
+
+def _needs_snapshots(stage: TrainStage, weights: Literal["raw"] | float) -> bool:
+    return weights != "raw" and weights < 1 and weights not in stage.ema_lengths
 
 
 def _export(
@@ -288,8 +291,13 @@ def _export(
     role = recipe.networks(training.init)["student"]
     assert isinstance(role, Trained | Adapter)
     student = adapting.one("student", role, stage.lora, work.seed).module
-    saved, half_life = work.run.stage(work.name).checkpoints, None if weights == "raw" else weights
-    tensors, images = checkpoint.weights(saved, "student", half_life, step)
+    saved = work.run.stage(work.name)
+    if isinstance(weights, float) and _needs_snapshots(stage, weights):
+        names = {name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad}
+        tensors, images = snapshots.synthesize(saved.snapshots, stage.ema_lengths, weights, names)
+    else:
+        average = None if weights == "raw" else weights
+        tensors, images = checkpoint.weights(saved.checkpoints, "student", average, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; resume with: "

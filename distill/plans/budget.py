@@ -115,6 +115,7 @@ def _of_length(stage: TrainStage, factor: float) -> TrainStage:
             "checkpoint": saving.model_copy(
                 update={"images": None if saving.images is None else max(1, round(share * saving.images))}
             ),
+            "ema_snapshots": None if stage.ema_snapshots is None else max(1, round(share * stage.ema_snapshots)),
             "options": {
                 key: max(1, round(share * value)) if key.endswith(IN_IMAGES) and isinstance(value, int) else value
                 for key, value in stage.options.items()

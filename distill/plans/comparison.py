@@ -236,6 +236,7 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
         batch_size=first.batch_size,
         optimizer=first.optimizer,
         ema_half_lives=first.ema_half_lives,
+        ema_lengths=first.ema_lengths,
         export=first.export,
         precision=first.precision,
         checkpoint=first.checkpoint,

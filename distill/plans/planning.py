@@ -91,7 +91,7 @@ def miniature(spec: RunSpec) -> RunSpec:
         if isinstance(stage, TrainStage):
             images = min(stage.images, 2 * stage.batch_size)
             optimizer = stage.optimizer.model_copy(update={"warmup_images": 0})
-            stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
+            stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer, "ema_snapshots": None})
         elif isinstance(stage, PairsStage):
             few = {"count": min(stage.count, stage.block)}
             if stage.paths not in WITH_STATES:
@@ -149,6 +149,8 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
     elif micro < stage.batch_size:
         work += f": {launch.world_size} x {share // micro} x {micro} (processes, micro-batches, samples)"
     writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
+    if stage.ema_snapshots is not None:
+        writes.insert(1, f"stages/{name}/snapshots/")
     return PlannedStage(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
 
 

@@ -42,6 +42,10 @@ class StagePaths:
         return self.root / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        return self.root / "snapshots"
+
+    @property
     def pairs(self) -> Path:
         return self.root / "pairs"
 

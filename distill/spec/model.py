@@ -17,6 +17,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import (
     MAX_PARTS,
     Below,
+    EmaLength,
     Fraction,
     FrozenModel,
     Images,
@@ -198,11 +199,21 @@ class TrainStage(FrozenModel):
     optimizer: OptimizerSpec = OptimizerSpec()
     ema_half_lives: Annotated[list[PositiveFloat], Field(max_length=64)] = []
     """half-lives, in images, of the EMA weights to keep"""
+    ema_lengths: Annotated[list[EmaLength], Field(max_length=64)] = []
+    """lengths, relative to the training so far, of the EMA weights to keep, as in EDM2; 0.1 is a common one"""
+    ema_snapshots: Images | None = None
+    """keep the EMA weights of ema_lengths each time after this many images, so that `distill export --ema-length` can
+    make those of any other length afterwards; ema_lengths: [0.05, 0.1] is a good choice for it; null: do not"""
     export: Literal["raw"] | PositiveFloat = "raw"
-    """weights to export: raw, or the EMA weights of one of ema_half_lives"""
+    """weights to export: raw, or the EMA weights of one of ema_half_lives or ema_lengths"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the networks; weights, optimizer and losses stay fp32"""
     checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @property
+    def averages(self) -> list[float]:
+        """The half-lives and lengths of the averages of the student's weights."""
+        return [*self.ema_half_lives, *self.ema_lengths]
 
     @property
     def pair_shares(self) -> dict[str, float]:
@@ -297,6 +308,7 @@ class LaunchSpec(FrozenModel):
 # Fields of stages, of the teacher and of the kinds of data that were added after 0.2.0.
 ADDED = {
     "guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance", "student", "lora",
+    "ema_lengths", "ema_snapshots",
 }  # fmt: skip
 ADDED_TO_OPTIMIZER = {"name", "momentum"}
 ADDED_TO_TEACHER = {

@@ -13,6 +13,7 @@ from distill.spec.model import (
 from distill.spec.resolved import Resolved
 
 MAX_PARAMETERS = 100_000_000_000
+MAX_SNAPSHOTS = 1000  # each has a file for each length, as large as the weights
 
 
 def parameters(network: UNetSpec | MlpSpec) -> int:
@@ -89,11 +90,30 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
             f"{rows_together}"
         )
     yield from optimizerspec.mistakes(stage.optimizer, stage.images, f"{where}.optimizer")
-    halves = stage.ema_half_lives
-    if len(set(halves)) != len(halves):
-        yield f"{where}.ema_half_lives: {halves} contains a value twice"
-    if stage.export != "raw" and stage.export not in halves:
-        valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
-        yield f"{where}.export: {stage.export:g} is not one of ema_half_lives; valid: {valid}"
+    yield from _averages(stage, where)
     if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
         yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"
+
+
+def _averages(stage: TrainStage, where: str) -> Iterator[str]:
+    """The mistakes in the averages of a stage's weights."""
+    for name, values in (("ema_half_lives", stage.ema_half_lives), ("ema_lengths", stage.ema_lengths)):
+        if len(set(values)) != len(values):
+            yield f"{where}.{name}: {values} contains a value twice"
+    for half in stage.ema_half_lives:
+        if half < 1:
+            yield (
+                f"{where}.ema_half_lives: {half:g} of an image; give at least 1. Lengths relative to the training "
+                "belong in ema_lengths"
+            )
+    if stage.export != "raw" and stage.export not in stage.averages:
+        valid = ", ".join(["raw", *(f"{each:g}" for each in stage.averages)])
+        yield f"{where}.export: {stage.export:g} is not one of ema_half_lives and ema_lengths; valid: {valid}"
+    if stage.ema_snapshots is None:
+        return
+    if not stage.ema_lengths:
+        yield f"{where}.ema_snapshots: has no effect without ema_lengths; add ema_lengths: [0.05, 0.1], or remove it"
+    if stage.ema_snapshots > stage.images:
+        yield f"{where}.ema_snapshots: {stage.ema_snapshots} of {stage.images} images; give at most half of them"
+    if (count := stage.images // stage.ema_snapshots) > MAX_SNAPSHOTS:
+        yield f"{where}.ema_snapshots: makes {count:,} snapshots; give more images, for at most {MAX_SNAPSHOTS:,}"

@@ -1,123 +1,38 @@
-"""Checkpoints: each is a directory that is either complete or absent. It is verified before it is used.
-
-    checkpoints/step-00001234/          renamed to this name once all files are on the disk
-        network.student.safetensors     one file per group of tensors
-        optimizer.student.safetensors
-        ema.student.2000.0.safetensors
-        meta.json                       step, settings, environment, sha256 and size of every file
-    checkpoints/.step-00001234.tmp-...  being written or deleted
-    checkpoints/step-00001234.damaged   damaged, moved aside
+"""When checkpoints are saved and deleted, and from which one training resumes. `checkpoint_files` has their layout.
 
 Disk space is needed for `keep` + 1 checkpoints: old ones are deleted after the new one is complete. `saving` makes the
 bytes, and writes them while training continues.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from distill.core import lease, space, versions
-from distill.core.atomic import hidden, new_folder
+from distill.core import space, versions
+from distill.core.atomic import new_folder
 from distill.core.errors import InputError, RunError
 from distill.core.printing import say_error
 from distill.spec.model import CheckpointSpec
+from distill.training.checkpoint_files import (
+    Checkpoint,
+    Damaged,
+    Meta,
+    clear,
+    complete,
+    ema_group,
+    network_group,
+    remove,
+    step_of,
+    store,
+    verified,
+)
 
-COMPLETE = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also from older versions of distill
-CHUNK = 1 << 24  # bytes that are hashed and written at once, so that other threads can run in between
 Warn = Callable[[str], None]
-TensorGroup = tuple[str, Mapping[str, Tensor]]  # name, tensors by name
-
-
-RECIPE_GROUP = "recipe"  # name of the group with the recipe's own state
-
-
-def network_group(network: str) -> str:
-    """Name of the group with a network's raw weights."""
-    return f"network.{network}"
-
-
-def optimizer_group(network: str) -> str:
-    """Name of the group with the state of a network's optimizer."""
-    return f"optimizer.{network}"
-
-
-def ema_group(network: str, half_life: float) -> str:
-    """Name of the group with a network's averaged weights. half_life: in images."""
-    return f"ema.{network}.{float(half_life)!r}"
-
-
-class FileMeta(BaseModel):
-    """Expected checksum and size (bytes) of a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    sha256: str
-    size: int
-
-
-class Meta(BaseModel):
-    """The content of meta.json."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
-    step: int
-    """number of completed steps"""
-    images: int
-    settings: dict[str, Any]
-    """seed, version of the random draws, spec of the stage, digests of the inputs: they may not change on resume"""
-    environment: dict[str, str | int]
-    """torch, device, threads, micro-batch, ...: they may change on resume, but results are then not bit-identical"""
-    files: dict[str, FileMeta]
-    digest: str = ""
-    """sha256 over the other fields"""
-
-    def sealed(self) -> "Meta":
-        """A copy with the digest of the other fields."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
-
-
-class Damaged(Exception):  # noqa: N818  (says why a checkpoint cannot be used; is always caught in this module)
-    pass
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete, verified checkpoint."""
-
-    path: Path
-    meta: Meta
-
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """Read the tensors of a group, to the CPU. RunError if the checkpoint has no such group."""
-        file = self.path / f"{group}.safetensors"
-        if file.name not in self.meta.files:
-            raise RunError(f"checkpoint {self.path} has no '{group}'; it has {self.groups}")
-        return from_bytes(file.read_bytes())
-
-    @property
-    def groups(self) -> str:
-        """The names of its groups, for messages."""
-        return ", ".join(sorted(name.removesuffix(".safetensors") for name in self.meta.files))
-
-
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first; they are not verified."""
-    if not folder.is_dir():
-        return []
-    found = (path for path in folder.iterdir() if COMPLETE.fullmatch(path.name))
-    return sorted(found, key=_step, reverse=True)
 
 
 def latest(folder: Path, warn: Warn) -> Checkpoint | None:
@@ -129,7 +44,7 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
     damaged: dict[Path, str] = {}
     for path in listed:
         try:
-            found = Checkpoint(path, _verified(path))
+            found = Checkpoint(path, verified(path))
         except Damaged as reason:
             damaged[path] = str(reason)
             continue
@@ -152,15 +67,15 @@ def to_stderr(text: str) -> None:
     say_error(f"warning: {text}")
 
 
-def of_step(folder: Path, step: int) -> Checkpoint:
+def ofstep_of(folder: Path, step: int) -> Checkpoint:
     """The checkpoint after `step` steps, verified. InputError if it is damaged or does not exist."""
     for path in complete(folder):
-        if _step(path) == step:
+        if step_of(path) == step:
             try:
-                return Checkpoint(path, _verified(path))
+                return Checkpoint(path, verified(path))
             except Damaged as reason:
                 raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step") from reason
-    steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
+    steps = ", ".join(f"step-{step_of(path)}" for path in complete(folder)) or "none yet"
     raise InputError(f"there is no checkpoint of step {step} in {folder}; available: {steps}")
 
 
@@ -178,7 +93,7 @@ def weights(
     half_life: None for the raw weights, else one of the stage's `ema_half_lives`, in images.
     step: use the checkpoint of this step instead of the newest.
     """
-    found = latest(folder, warn) if step is None else of_step(folder, step)
+    found = latest(folder, warn) if step is None else ofstep_of(folder, step)
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
     group = network_group(network) if half_life is None else ema_group(network, half_life)
@@ -190,11 +105,25 @@ def weights(
         return weights(folder, network, half_life, step, warn)
 
 
+class Kept(Protocol):
+    """Keeps parts of some checkpoints for good. All methods may raise OSError."""
+
+    def due(self, images: int) -> bool:
+        """Whether there must be a checkpoint after `images` images."""
+
+    def keep(self, checkpoint: Path, meta: Meta) -> None:
+        """Called with each checkpoint when it is complete."""
+
+    def resume(self, found: Checkpoint | None) -> None:
+        """Called with the checkpoint from which training resumes."""
+
+
 class Checkpoints:
     """The checkpoints of one training: when to save, where to save, and from which one to resume.
 
     settings: may not change on resume.
     environment: may change on resume, but results are then not bit-identical.
+    kept: what keeps parts of some checkpoints for good.
     """
 
     def __init__(
@@ -204,8 +133,9 @@ class Checkpoints:
         settings: Mapping[str, object],
         environment: Mapping[str, str | int],
         warn: Warn,
+        kept: "Kept | None" = None,
     ) -> None:
-        self.folder, self.spec, self.warn = folder, spec, warn
+        self.folder, self.spec, self.warn, self._kept = folder, spec, warn, kept
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.environment = dict(environment)
         self.last: Path | None = None  # the newest complete checkpoint
@@ -228,6 +158,8 @@ class Checkpoints:
             self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
         try:
             self._clear(newer_than=None if found is None else found.meta.step)
+            if self._kept is not None:
+                self._kept.resume(found)
         except OSError as error:
             raise RunError(
                 f"cannot delete {error.filename}: {error.strerror}; last good checkpoint: {self.last}"
@@ -254,7 +186,8 @@ class Checkpoints:
         """Whether it is time to save, by the images or the minutes since the last save began."""
         by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images
         by_time = self.spec.minutes is not None and time.monotonic() - self._time >= 60 * self.spec.minutes
-        return by_images or by_time
+        is_kept = self._kept is not None and self._kept.due(images)
+        return by_images or by_time or is_kept
 
     def began(self, images: int) -> None:
         """Note that a save after `images` images begins; `due` counts from here. Called on every rank."""
@@ -278,11 +211,13 @@ class Checkpoints:
                 raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
             with new_folder(path) as new:
                 names = ((f"{group}.safetensors", content) for group, content in files)
-                written = {name: _store(new / name, content) for name, content in names}
+                written = {name: store(new / name, content) for name, content in names}
                 meta = Meta(
                     step=step, images=images, settings=self.settings, environment=self.environment, files=written
                 ).sealed()
-                _store(new / "meta.json", meta.model_dump_json(indent=2).encode())
+                store(new / "meta.json", meta.model_dump_json(indent=2).encode())
+            if self._kept is not None:
+                self._kept.keep(path, meta)
         except OSError as error:
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
         self.appeared(step)
@@ -299,11 +234,9 @@ class Checkpoints:
 
     def _clear(self, newer_than: int | None) -> None:
         """Remove what a killed process left. Checkpoints after step `newer_than` are damaged: they are moved aside."""
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+        clear(self.folder)
         for path in complete(self.folder):
-            if newer_than is not None and _step(path) > newer_than:
+            if newer_than is not None and step_of(path) > newer_than:
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
@@ -311,9 +244,7 @@ class Checkpoints:
     def _prune(self) -> None:
         damaged = [path for path in self.folder.iterdir() if path.name.endswith(".damaged")]
         for path in (*complete(self.folder)[self.spec.keep :], *damaged):
-            trash = hidden(path)
-            path.rename(trash)  # first, so that a killed process never leaves a part under this name
-            shutil.rmtree(trash)
+            remove(path)
 
     def _check_settings(self, found: Checkpoint) -> None:
         if "draws" in self.settings:
@@ -340,41 +271,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def _bytes(meta: Meta) -> int:
     return sum(file.size for file in meta.files.values())
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _store(path: Path, content: bytes | memoryview) -> FileMeta:
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for at in range(0, len(content), CHUNK):
-            lease.confirm()
-            digest.update(content[at : at + CHUNK])
-            file.write(content[at : at + CHUNK])
-        file.flush()
-        os.fsync(file.fileno())  # reports errors of writing, which close() may not
-    return FileMeta(sha256=digest.hexdigest(), size=len(content))
-
-
-def _verified(path: Path) -> Meta:
-    try:
-        meta = Meta.model_validate_json((path / "meta.json").read_bytes())
-    except OSError as error:
-        raise Damaged(f"meta.json: {error.strerror}") from error
-    except ValidationError as error:
-        raise Damaged(f"meta.json: {error.errors()[0]['msg']}") from error
-    if meta.sealed().digest != meta.digest:
-        raise Damaged("meta.json: wrong checksum")
-    for name, expected in meta.files.items():
-        try:
-            with (path / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != expected.size:
-                    raise Damaged(f"{name}: {size:,} bytes instead of {expected.size:,}")
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
-                    raise Damaged(f"{name}: wrong checksum")
-        except OSError as error:
-            raise Damaged(f"{name}: {error.strerror}") from error
-    return meta

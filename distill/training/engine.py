@@ -29,6 +29,7 @@ from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
 from distill.training.sharding import Sharding
+from distill.training.snapshots import Snapshots
 from distill.training.turn_logs import TurnLogs
 from distill.training.world import ALONE, World
 
@@ -94,7 +95,10 @@ def train(
     slices = world.rows(batch_size, micro_batch)
     settings = {"draws": DRAWS, "seed": seed, "stage": stage_content(stage), "inputs": dict(inputs or {})}
     environment = _environment(device, micro_batch, world, sharding)
-    checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
+    kept = None
+    if stage.ema_snapshots is not None:
+        kept = Snapshots(paths.snapshots, stage.ema_lengths, stage.ema_snapshots, batch_size, stage.images)
+    checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn, kept)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
         found = checkpoints.resume()  # rank 0 has cleared the folder; the others only find the newest

@@ -19,7 +19,14 @@ from distill.protocols import Copy, Frozen, Init, Nets, Recipe, Stateful
 from distill.spec.model import TrainStage
 from distill.students import adapting
 from distill.teachers.architectures import convention_of
-from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, TensorGroup, ema_group, network_group, optimizer_group
+from distill.training.checkpoint_files import (
+    RECIPE_GROUP,
+    Checkpoint,
+    TensorGroup,
+    ema_group,
+    network_group,
+    optimizer_group,
+)
 from distill.training.ema import Ema
 from distill.training.sharding import Sharding, Trainable
 from distill.training.world import World
@@ -97,7 +104,7 @@ class Roles:
             name: sharding.wrap(name, role, stage.optimizer, world, device, slices) for name, role in own.items()
         }
         self.student = self.trainables["student"]
-        self.ema = Ema(self.student.masters(), stage.ema_half_lives)
+        self.ema = Ema(self.student.masters(), stage.ema_half_lives, stage.ema_lengths)
         self.world = world
         if found is not None:
             self._load_optimizers(found)
@@ -146,7 +153,7 @@ class Roles:
         gc.collect()
 
     def averages(self) -> dict[float, dict[str, Tensor]]:
-        """The student's state dicts with averaged weights, by half-life in images; whole at least on rank 0.
+        """The student's state dicts with averaged weights, by half-life or length; whole at least on rank 0.
 
         Buffers and frozen parameters are not averaged.
         """

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from distill.core import space
 from distill.core.errors import PeerLost, RunError
-from distill.training.checkpoint import Checkpoints, TensorGroup
+from distill.training.checkpoint import Checkpoints
+from distill.training.checkpoint_files import TensorGroup
 from distill.training.world import ALONE, World
 
 
