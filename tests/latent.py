@@ -39,7 +39,7 @@ from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
 from distill.teachers.architectures.chroma import Chroma
 from distill.teachers.network_field import linear_call
-from distill.training.roles import _recompute
+from distill.training.blocks import recompute
 
 CPU = torch.device("cpu")
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3 of `tokenizer`
@@ -197,7 +197,7 @@ def same_gradients_when_recomputed(teacher: teachers.LoadedTeacher, noise: Tenso
     for again in (False, True):
         student = native.velocity(native.copied(teacher.network, None), linear_call(teacher.field)).eval()
         if again:
-            _recompute("a recipe", [student])
+            recompute("a recipe", [student])
         outputs.append(student(noise, t, cond))
         outputs[-1].square().sum().backward()
         gradients.append([each.grad for each in student.parameters() if each.grad is not None])

@@ -23,7 +23,7 @@ from distill.spec.model import CheckpointTeacher, UNetSpec
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import load_student
-from distill.training.roles import _recompute
+from distill.training.blocks import recompute
 
 X, T, S = normal(3, 4, 8, 12), torch.tensor([0.2, 0.6, 1.0]), torch.tensor([0.1, 0.0, 0.5])
 
@@ -156,7 +156,7 @@ def test_recomputed_activations_have_the_second_time_of_their_own_call(tmp_path)
     x, cond = normal(3, 4, 8, 8), conditions(teacher, 3)
     plain = moved(init(teacher).flow_map())
     recomputing = copy.deepcopy(plain)
-    _recompute("a recipe", [recomputing])
+    recompute("a recipe", [recomputing])
     for network in (plain, recomputing):
         first, second = network(x, T, S, cond), network(x, T, 0 * S, cond)
         (first.square().sum() + second.sum()).backward()

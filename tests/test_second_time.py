@@ -21,7 +21,7 @@ from distill.students.loaded import load_student
 from distill.teachers import load_teacher
 from distill.teachers.architectures import known, names_of
 from distill.teachers.convention import Convention
-from distill.training.roles import _recompute
+from distill.training.blocks import recompute
 
 pytestmark = [
     pytest.mark.long,
@@ -162,9 +162,9 @@ def test_recomputed_activations_give_the_same_gradients(teacher, inputs):
     again = copy.deepcopy(plain)
     if not any(each._supports_gradient_checkpointing for each in plain.modules() if isinstance(each, ModelMixin)):
         with pytest.raises(InputError, match="no network that recipe 'a recipe' trains has blocks that can be"):
-            _recompute("a recipe", [again])
+            recompute("a recipe", [again])
         return
-    _recompute("a recipe", [again])
+    recompute("a recipe", [again])
     for network in (plain, again):
         first, second = network(x, T, S, cond), network(x, T, LATER, cond)
         (first.square().sum() + second.sum()).backward()

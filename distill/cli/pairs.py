@@ -215,7 +215,9 @@ def _of_spec(
         from distill.execution import devices, stages
         from distill.spec import resolved
 
-        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch))
+        work = stages.Work(
+            run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch, numerics=spec.numerics)
+        )
         with stages.solving(work, indexed=False) as solving:
             say(solving.accuracy())
         return

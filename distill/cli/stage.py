@@ -214,7 +214,7 @@ def _compute(
             if int(os.environ["RANK"]) == 0:
                 append_event(paths, "failed", message=message)
 
-        device = devices.place(spec.launch, spec.launch.procs)
+        device = devices.place(spec.launch, spec.launch.procs, spec.numerics)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else NCCL kills the process before it reports
         world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)

@@ -1,16 +1,24 @@
 """The device that a process computes on."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
 
 from distill.core.errors import InputError
 from distill.launch import environment
 from distill.spec.model import LaunchSpec
 
+NOT_EXACT = re.compile(r"(\S+) does not have a deterministic implementation")  # what torch says
+Numerics = Literal["exact", "fast"]
 MOST_WORKERS = 8  # processes that read data, unless the spec says how many
 
 
-def place(launch: LaunchSpec, processes: int = 1) -> torch.device:
-    """The device of this process. Also sets up torch for reproducible results.
+def place(launch: LaunchSpec, processes: int = 1, numerics: Numerics = "exact") -> torch.device:
+    """The device of this process. Also sets up torch for the numerics of the spec.
 
     The number of CPU threads is that of `launch.threads`, or else of OMP_NUM_THREADS, which the launcher sets.
     InputError if there are no GPUs, or too few for the processes.
@@ -27,10 +35,39 @@ def place(launch: LaunchSpec, processes: int = 1) -> torch.device:
         raise InputError(
             f"launch.procs={processes}, but there are only {found} GPUs, and each process needs one; give fewer"
         )
-    # The same spec must give the same values: no TF32, no kernels that are chosen by timing, no varying order of sums.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    set_numerics(numerics)
     return torch.device("cuda")
+
+
+def set_numerics(numerics: Numerics) -> None:
+    """Set up torch for GPUs. Call it before the first use of a GPU: cuBLAS reads its workspace from the environment.
+
+    exact: the same values each time, in full precision. An operation without a deterministic implementation raises
+    RuntimeError; see `explained`.
+    """
+    fast = numerics == "fast"
+    if not fast:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that cuBLAS documents as exact
+    torch.use_deterministic_algorithms(not fast)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for errors, which takes time
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = fast
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """InputError, with advice, for an operation that has no deterministic implementation."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := NOT_EXACT.match(str(error))):
+            raise
+        raise InputError(
+            f"numerics: exact needs deterministic operations, but {found[1]} has no deterministic implementation on "
+            "this device; set numerics: fast in the spec"
+        ) from error
 
 
 def of_rank(launch: LaunchSpec, rank: int) -> torch.device:

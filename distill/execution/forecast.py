@@ -44,7 +44,7 @@ def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
     here: the run will be on this machine, so calls are measured on its device; else on the CPU.
     """
     spec = ready.resolved.spec
-    work = _Forecast(ready, devices.place(spec.launch) if here else torch.device("cpu"))
+    work = _Forecast(ready, devices.place(spec.launch, numerics=spec.numerics) if here else torch.device("cpu"))
     found = {}
     for name, stage in spec.stages.items():
         try:

@@ -44,7 +44,7 @@ def run(
     part: (i, n) makes only the shards i, i + n, ... of a pairs or cache stage, which is then not marked as done, and
         writes no events.
     """
-    device = devices.place(spec.launch, spec.launch.procs if world.size > 1 else 1)
+    device = devices.place(spec.launch, spec.launch.procs if world.size > 1 else 1, spec.numerics)
     saved = "nothing (no stage had started yet)"
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
@@ -73,14 +73,15 @@ def run(
         if world.first:
             threads, where = torch.get_num_threads(), engine.device_name(device)
             append_event(paths, "stage started", stage=name, kind=stage.kind, threads=threads, device=where)
-        if isinstance(stage, TrainStage):
-            result = train_stage.train(work, stage)
-        elif isinstance(stage, PairsStage):
-            result = _pairs(work, stage)
-        elif isinstance(stage, CacheStage):
-            result = _cache(work)
-        else:
-            result = _evaluate(work, stage)
+        with devices.explained():
+            if isinstance(stage, TrainStage):
+                result = train_stage.train(work, stage)
+            elif isinstance(stage, PairsStage):
+                result = _pairs(work, stage)
+            elif isinstance(stage, CacheStage):
+                result = _cache(work)
+            else:
+                result = _evaluate(work, stage)
         if world.first:
             write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
             append_event(paths, "stage done", stage=name)

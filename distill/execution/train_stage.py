@@ -34,6 +34,7 @@ from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
 from distill.training import checkpoint, engine, loading, memory, micro_batch, snapshots
+from distill.training.blocks import Blocks
 from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
 
@@ -189,7 +190,7 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
             teacher=training.called,
             spare=training.spare,
             timed=timed,
-            recompute=launch.activation_checkpointing,
+            blocks=_blocks(work),
             probe=None if probe is None else partial(_measure, probe, progress, stage),
         )
     if probe:
@@ -201,6 +202,11 @@ def train(work: Work, stage: TrainStage) -> dict[str, object]:
     whole = None if sharding.divides_frozen else training
     work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _blocks(work: Work) -> Blocks:
+    launch = work.spec.launch
+    return Blocks(launch.activation_checkpointing, launch.activation_offload, work.spec.compile)
 
 
 def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
@@ -219,7 +225,7 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
         seed=work.seed,
         device=work.device,
         world=work.world,
-        recompute=launch.activation_checkpointing,
+        blocks=_blocks(work),
         spare=training.spare,
         step=0 if training.data is None else DataSource(training.data, stage.batch_size, work.seed).largest_step,
     )

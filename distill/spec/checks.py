@@ -60,6 +60,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     yield from teacher_mistakes(spec)
     yield from spec.data.mistakes()
     yield from launchspec.mistakes(spec)
+    yield from _compiled(found)
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
@@ -99,6 +100,29 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     yield from spec.data.unused("data" in used, loaded)
     if "data" in used:
         yield from trainspec.buckets(found)
+
+
+def _compiled(found: Resolved) -> Iterator[str]:
+    """The mistakes in `compile`."""
+    spec, trains = found.spec, [name for name, each in found.spec.stages.items() if isinstance(each, TrainStage)]
+    if not spec.compile:
+        return
+    if spec.numerics == "exact":
+        yield "compile: compiled networks round differently on other machines and versions; set numerics: fast for it"
+    if not trains:
+        yield "compile: applies to training, and no stage trains; remove it"
+    if spec.launch.zero_stage == 3 or spec.launch.divide_teacher:
+        option = "zero_stage: 3" if spec.launch.zero_stage == 3 else "divide_teacher"
+        yield (
+            f"compile: does not work with launch.{option}, which gathers the weights of each layer while it is called; "
+            "compiled blocks call their layers together"
+        )
+    for name in trains:
+        if name not in found.failed and "jvp" in found.recipes[name].needs:
+            yield (
+                f"compile: stages.{name} uses forward-mode derivatives, which torch.compile does not support; set "
+                "derivative: central, or compile: false"
+            )
 
 
 def references(stage: Stage) -> list[tuple[str, str, str]]:

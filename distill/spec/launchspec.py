@@ -32,6 +32,8 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
         yield "launch.divide_teacher: has no effect with one process; remove it, or increase procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
+    if launch.activation_offload and not launch.activation_checkpointing:
+        yield "launch.activation_offload: has no effect without activation_checkpointing; set that, too, or remove it"
     if launch.micro_batch == "auto" and launch.zero_stage is not None:
         yield "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null"
     elif launch.micro_batch == "auto" and launch.divide_teacher:

@@ -15,7 +15,6 @@ from pydantic import BaseModel, Field, PositiveFloat
 
 from distill.core.errors import InputError
 from distill.core.field_types import (
-    MAX_PARTS,
     Below,
     EmaLength,
     Fraction,
@@ -26,7 +25,6 @@ from distill.core.field_types import (
     Name,
     Processes,
     Samples,
-    ScriptLine,
     VariantName,
 )
 from distill.spec.apportion import rows_by_share
@@ -47,6 +45,7 @@ from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.optimizerspec import OptimizerSpec
 from distill.spec.rolespec import LoraSpec, MlpSpec, NetworkSpec, StudentSpec, UNetSpec  # noqa: F401  (parts of the spec)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
+from distill.spec.slurmspec import SlurmSpec
 
 # --- teachers ---
 
@@ -232,37 +231,6 @@ NetworkStage = TrainStage | PairsStage | EvaluateStage  # a stage that may have 
 Stage = Annotated[NetworkStage | CacheStage, Field(discriminator="kind")]
 
 
-class SlurmSpec(FrozenModel):
-    """What `distill submit` requests from Slurm for each job; `distill run` ignores it."""
-
-    partition: Line | None = None
-    """Slurm partition; null: that of the site file, else Slurm's default"""
-    account: Line | None = None
-    """Slurm account; null: that of the site file, else Slurm's default"""
-    qos: Line | None = None
-    """Slurm QOS; null: that of the site file, else Slurm's default"""
-    time: Line | None = None
-    """time limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
-    gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
-    """GPUs per node, one for each process; 0: the processes use CPUs"""
-    cpus_per_task: Processes | None = None
-    """CPUs per process, for its threads and workers; null: Slurm's default"""
-    memory: Line | None = None
-    """memory per node, like 120G; null: Slurm's default"""
-    options: list[ScriptLine] = []
-    """further options for sbatch, like --constraint=h100"""
-    lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
-    """how many seconds before the time limit the processes are told to save and exit"""
-    max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
-    """how often a crashed job is queued again; after a second crash at the same step, it is not"""
-    pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
-    """number of array jobs that divide the shards of each pairs or cache stage, at most one job per shard of pairs"""
-    one_job: bool = False
-    """run all stages in one job, one after the other, instead of one job per stage"""
-    container: Line | None = None
-    """container image, as written for the site's container runtime; null: none"""
-
-
 class LaunchSpec(FrozenModel):
     """How the run is executed. Not part of the digest: a resume may change it, and the change is recorded."""
 
@@ -290,6 +258,8 @@ class LaunchSpec(FrozenModel):
     """shard the weights of the frozen teacher over the processes, as zero_stage 3 does; false: each has a full copy"""
     activation_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    activation_offload: bool = False
+    """for activation_checkpointing: keep the inputs of blocks in CPU memory until the backward pass"""
     collective_minutes: Minutes = 10.0
     """timeout: a process exits if it waits longer for the others, or if one forward and backward pass takes longer"""
     slurm: SlurmSpec = SlurmSpec()
@@ -327,6 +297,11 @@ class RunSpec(FrozenModel):
     """name of the run; not part of the digest"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """seed of all random numbers; the same spec with the same seed gives the same results"""
+    numerics: Literal["exact", "fast"] = "exact"
+    """exact: deterministic algorithms and full float32 precision, so that the same spec gives the same bits on the same
+    machine; fast: on GPUs also TF32, sums in lower precision, and algorithms that are chosen by timing"""
+    compile: bool = False
+    """for numerics: fast: compile the networks of training with torch.compile, block by block where blocks repeat"""
     teacher: TeacherSpec | None = None
     """the teacher of every stage that sets no other"""
     data: DataSpec = NoData(kind="none")
@@ -373,6 +348,7 @@ class RunSpec(FrozenModel):
         Defaults of fields that earlier versions did not have are left out, so that it is the same as theirs.
         """
         content = self.model_dump(mode="json", exclude={"launch", "name"})
+        content = _without_defaults(content, self, {"numerics", "compile"})
         content["stages"] = {name: stage_content(stage) for name, stage in self.stages.items()}
         content["data"] = _without_defaults(content["data"], self.data, ADDED_TO_DATA.get(self.data.kind, set()))
         if self.teacher is not None:

@@ -23,6 +23,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage, stage_content
 from distill.training import optimizers, turn_logs
+from distill.training.blocks import EAGER, Blocks
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
 from distill.training.plain import PLAIN
@@ -70,7 +71,7 @@ def train(
     world: World = ALONE,
     sharding: Sharding = PLAIN,
     teacher: nn.Module | None = None,
-    recompute: bool = False,
+    blocks: Blocks = EAGER,
     probe: Callable[[Roles], None] | None = None,
     spare: Sequence[nn.Module] = (),
     timed: TimedSource | None = None,
@@ -85,7 +86,7 @@ def train(
     world: the ranks that train together, each on its rows of a batch.
     sharding: how the networks are divided among the ranks.
     teacher: the teacher's network, if the recipe may call it. spare: see `Roles`.
-    recompute: recompute activations in the backward pass instead of keeping them.
+    blocks: how the blocks of networks run.
     probe: called before each optimizer step, to measure memory.
     timed: the part of `source` that is waited for; None: all of it.
     """
@@ -114,7 +115,7 @@ def train(
             found=found,
             sharding=sharding,
             teacher=teacher,
-            recompute=recompute,
+            blocks=blocks,
             spare=spare,
         )
     if probe is None:  # with a probe, the run is a temporary one

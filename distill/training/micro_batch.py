@@ -25,6 +25,7 @@ from distill.flow.draws import Rows
 from distill.protocols import Batch, Init, Recipe, Source
 from distill.spec.model import TrainStage
 from distill.training import engine
+from distill.training.blocks import Blocks
 from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.world import ALONE, World
@@ -123,7 +124,7 @@ def largest(
     seed: int,
     device: torch.device,
     world: World,
-    recompute: bool,
+    blocks: Blocks,
     spare: Sequence[nn.Module] = (),
     step: int = 0,
 ) -> int:
@@ -132,9 +133,7 @@ def largest(
     step: the step of `source` whose batch needs the most memory. spare: see `Roles`.
     """
     same = OneBatch(source, step)
-    tried = partial(
-        fits, recipe, init, same, stage, seed=seed, device=device, world=world, recompute=recompute, spare=spare
-    )
+    tried = partial(fits, recipe, init, same, stage, seed=seed, device=device, world=world, blocks=blocks, spare=spare)
     return choose(path, stage.batch_size // world.size, rows_together, world, tried)
 
 
@@ -161,13 +160,13 @@ def fits(
     seed: int,
     device: torch.device,
     world: World,
-    recompute: bool,
+    blocks: Blocks,
     spare: Sequence[nn.Module] = (),
 ) -> bool:
     """Whether this rank has enough memory for micro-batches of `size`. Makes a few training steps and discards them."""
     slices = world.rows(stage.batch_size, size)
     try:
-        _try(recipe(), init, source, stage, slices, seed, device, recompute=recompute, spare=spare)
+        _try(recipe(), init, source, stage, slices, seed, device, blocks=blocks, spare=spare)
         enough = True
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
@@ -186,12 +185,12 @@ def _try(
     seed: int,
     device: torch.device,
     *,
-    recompute: bool,
+    blocks: Blocks,
     spare: Sequence[nn.Module],
 ) -> None:
     roles = Roles(
         recipe, init, stage, device, ALONE, slices,
-        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute, spare=spare,
+        seed=seed, found=None, sharding=PLAIN, teacher=None, blocks=blocks, spare=spare,
     )  # fmt: skip
     images, had = 0, Counter[str]()
     for step in range(MOST_STEPS):

@@ -7,18 +7,16 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
 from distill.networks.sharing import copy_of, has_base, is_shared, load_own, own_state
-from distill.networks.two_times import TwoTimes, recomputed
 from distill.protocols import Copy, Frozen, Init, Nets, Recipe, Stateful
 from distill.spec.model import TrainStage
 from distill.students import adapting
-from distill.teachers.architectures import convention_of
+from distill.training.blocks import EAGER, Blocks, compile_networks, recompute
 from distill.training.checkpoint_files import (
     RECIPE_GROUP,
     Checkpoint,
@@ -41,7 +39,7 @@ class Roles:
     seed: for the initial weights of adapters.
     teacher: the teacher's network, if the recipe calls it.
     spare: networks whose weights are only copied, and that are not called; they are moved to the CPU.
-    recompute: recompute activations in the backward pass instead of keeping them.
+    blocks: how the blocks of networks run. The teacher is compiled like the trained networks.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class Roles:
         found: Checkpoint | None,
         sharding: Sharding,
         teacher: nn.Module | None,
-        recompute: bool,
+        blocks: Blocks = EAGER,
         spare: Sequence[nn.Module] = (),
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
@@ -92,8 +90,8 @@ class Roles:
         # a base were read from the same files by all.
         for module in self.networks.values():
             world.share([*(each for each in module.parameters() if not is_shared(each)), *_buffers(module)])
-        if recompute:
-            _recompute(self.name, list(trained.values()))
+        if blocks.recompute:
+            recompute(self.name, list(trained.values()), offload=blocks.offload)
         if teacher is not None and sharding.divides_frozen:
             apart.append(teacher)
         elif teacher is not None:
@@ -103,6 +101,8 @@ class Roles:
         self.trainables: dict[str, Trainable] = {
             name: sharding.wrap(name, role, stage.optimizer, world, device, slices) for name, role in own.items()
         }
+        if blocks.compiled:
+            compile_networks([*self.networks.values(), *([] if teacher is None else [teacher])])
         self.student = self.trainables["student"]
         self.ema = Ema(self.student.masters(), stage.ema_half_lives, stage.ema_lengths)
         self.world = world
@@ -235,22 +235,3 @@ def _refuse_sharing(networks: Mapping[str, nn.Module], trained: list[str]) -> No
 def _buffers(module: nn.Module) -> list[Tensor]:
     """The buffers that may change: none if they are shared, like the weights of a base."""
     return [] if has_base(module) else list(module.buffers())
-
-
-def _recompute(recipe: str, networks: list[nn.Module]) -> None:
-    """Turn on activation checkpointing. InputError if no network supports it."""
-    parts = [m for network in networks for m in network.modules() if isinstance(m, ModelMixin)]
-    able = [part for part in parts if part._supports_gradient_checkpointing]
-    if not able:
-        raise InputError(
-            f"launch.activation_checkpointing: no network that recipe '{recipe}' trains has blocks that can be "
-            "recomputed, so this has no effect; remove it"
-        )
-    two_times = [m for network in networks for m in network.modules() if isinstance(m, TwoTimes)]
-    for part in able:
-        owner = next((each for each in two_times if part in each.modules()), None)
-        checkpoint = recomputed if owner is None else owner.checkpoint
-        convention = convention_of(part)
-        part.enable_gradient_checkpointing(
-            checkpoint if convention is None else convention.recomputing(part, checkpoint)
-        )

@@ -40,6 +40,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
 from distill.training import engine
+from distill.training.blocks import Blocks
 from distill.training.memory import Probe
 from distill.training.world import World
 from distill.training.zero import Zero
@@ -286,8 +287,8 @@ def train(out, ours, case):
             return engine.train(
                 RECIPES[recipe](), Init(), Source(), spec,
                 seed=0, device=torch.device("cpu"), micro_batch=MICRO, paths=StagePaths(Path(out) / case),
-                progress=recorder, stop=stop, world=ours, sharding=sharding, recompute="recompute" in options,
-                probe=probe,
+                progress=recorder, stop=stop, world=ours, sharding=sharding,
+                blocks=Blocks(recompute="recompute" in options), probe=probe,
             )  # fmt: skip
 
         try:

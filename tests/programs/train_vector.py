@@ -20,6 +20,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec.model import TrainStage
 from distill.training import engine
+from distill.training.blocks import EAGER
 from distill.training.plain import PLAIN
 
 
@@ -162,7 +163,7 @@ def stage(**changes):
 
 
 def train(
-    folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, sharding=PLAIN, **changes
+    folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, blocks=EAGER, sharding=PLAIN, **changes
 ):
     """`engine.train` into `folder`."""
     settings = stage(**changes)
@@ -181,7 +182,7 @@ def train(
             progress=progress,
             stop=stop or StopRequest(),
             run=run,
-            recompute=recompute,
+            blocks=blocks,
             sharding=sharding,
         )
 
