@@ -36,10 +36,7 @@ def seen() -> dict[str, object]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "tf32": (cuda.allow_tf32, cudnn.allow_tf32),
-        "low precision sums": (
-            cuda.allow_bf16_reduced_precision_reduction,
-            cuda.allow_fp16_reduced_precision_reduction,
-        ),
+        "low precision sums": sums,
         "cudnn": (cudnn.deterministic, cudnn.benchmark),
     }
 
