@@ -22,7 +22,7 @@ from distill.core.stop import StopRequest
 from distill.data import indexed
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
-from distill.execution import preflight, stages, train_stage
+from distill.execution import devices, preflight, stages, train_stage
 from distill.flow.codecs import Pixels
 from distill.flow.draws import Rows
 from distill.networks.architectures import build
@@ -83,6 +83,7 @@ def test_a_stage_needs_a_gpu_for_each_of_its_own_processes_here(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(devices, "set_numerics", lambda numerics: None)
     monkeypatch.setattr(stages, "_pairs", lambda work, stage: placed.append(work.device.type) or {})
     given = spec(pairs=PAIRS, straight=REFLOW).model_copy(update={"launch": LaunchSpec(procs=8)})
     run = RunPaths(tmp_path / "r")

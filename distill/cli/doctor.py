@@ -120,10 +120,22 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     else:
         rows = [
             [str(seen.rank), seen.node, seen.address, str(seen.cpus), ", ".join(seen.devices) or "none", seen.store,
-             human(seen.free), seen.quota, seen.peers, seen.torch]
+             human(seen.free), seen.quota, seen.peers, seen.nccl or "no GPUs", seen.torch]
             for seen in found
         ]  # fmt: skip
-        columns = ["rank", "node", "rendezvous", "CPUs", "GPUs", "store", "free", "quota", "other ranks", "torch"]
+        columns = [
+            "rank",
+            "node",
+            "rendezvous",
+            "CPUs",
+            "GPUs",
+            "store",
+            "free",
+            "quota",
+            "other ranks",
+            "NCCL",
+            "torch",
+        ]
         print_table(columns, rows)
         say("\n".join(troubles) or "no problems found")
     if troubles:
@@ -134,6 +146,7 @@ def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
     found = [f"store: {seen.store}"] if seen.store != "ok" else []
     found += [f"{name}: {state}" for name, state in seen.caches.items() if state != "ok"]
     found += [f"cannot reach the other ranks: {seen.peers}"] if seen.peers != "ok" else []
+    found += [f"the GPUs cannot reach each other by NCCL: {seen.nccl}"] if seen.nccl not in ("", "ok") else []
     if gpus and len(seen.devices) < gpus:
         found.append(
             f"torch sees {len(seen.devices)} of {gpus} GPUs; check that torch is a CUDA build and the driver works"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from distill.core.errors import InputError
-from distill.launch import environment
+from distill.launch import environment, gpus, tasks
 from distill.spec.model import LaunchSpec
 
 NOT_EXACT = re.compile(r"(\S+) does not have a deterministic implementation")  # what torch says
@@ -31,7 +31,9 @@ def place(launch: LaunchSpec, processes: int = 1, numerics: Numerics = "exact") 
         raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
     if launch.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if processes > (found := torch.cuda.device_count()):
+    found = torch.cuda.device_count()
+    sees_own = tasks.is_task() and found == 1  # see gpus.own; `World.join` refuses a GPU that processes share
+    if processes > found and not sees_own:
         raise InputError(
             f"launch.procs={processes}, but there are only {found} GPUs, and each process needs one; give fewer"
         )
@@ -74,7 +76,7 @@ def of_rank(launch: LaunchSpec, rank: int) -> torch.device:
     """The device of one of `launch.procs` processes on this machine that do not meet: each has a GPU of its own."""
     device = place(launch, launch.procs)
     if device.type == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(gpus.own(rank))
     return device
 
 

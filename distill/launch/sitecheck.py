@@ -7,15 +7,17 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import RunError
-from distill.launch import environment, script, slurm
+from distill.launch import environment, gpus, script, slurm
 from distill.launch.script import Where
 from distill.launch.sites import SiteSource
 from distill.spec.model import SlurmSpec
 
+NCCL_TIMEOUT = timedelta(seconds=30)
 TOKEN = "token"  # a file that the processes must find in the store, with the same content
 CACHES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")
 
@@ -43,6 +45,8 @@ class Seen:
     """its version, or why it cannot be imported"""
     peers: str
     """ok if the processes could exchange their ranks; else why not"""
+    nccl: str
+    """the same for their GPUs, by NCCL; "": not every process has one"""
 
 
 def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Callable[[str], None]) -> list[Seen]:
@@ -103,7 +107,7 @@ def probe(folder: Path, caches: Mapping[str, str]) -> Seen:
     """
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     address = slurm.address(os.environ["SLURM_JOB_NODELIST"])
-    devices, version, peers = _torch(rank, size, address)
+    devices, version, peers, nccl = _torch(rank, size, address)
     seen = Seen(
         rank=rank,
         size=size,
@@ -118,6 +122,7 @@ def probe(folder: Path, caches: Mapping[str, str]) -> Seen:
         devices=devices,
         torch=version,
         peers=peers,
+        nccl=nccl,
     )
     write_atomic(folder / f"rank-{rank}.json", json.dumps(asdict(seen)))
     return seen
@@ -150,23 +155,43 @@ def _writable(folder: Path) -> str:
     return "ok"
 
 
-def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str]:
-    """(names of the GPUs, torch version, "ok" or why the other ranks are not reached)."""
+def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str, str]:
+    """(names of the GPUs, torch version, "ok" or why the other ranks are not reached, the same by NCCL)."""
     try:
         import torch
         from torch import distributed
     except ImportError as error:
-        return [], str(error), "torch is missing"
+        return [], str(error), "torch is missing", ""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     port = script.port(os.environ.get("SLURM_CLUSTER_NAME", ""), int(os.environ["SLURM_JOB_ID"]), 0, 0)
+    nccl = ""
     try:
         distributed.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
-        heard = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
-        distributed.all_gather(heard, torch.tensor([rank]))
-        ranks = [int(each) for each in heard]
+        heard = [torch.zeros(2, dtype=torch.int64) for _ in range(size)]
+        distributed.all_gather(heard, torch.tensor([rank, len(devices)]))
+        ranks = [int(each[0]) for each in heard]
         peers = "ok" if ranks == list(range(size)) else f"received ranks {ranks} instead of 0 to {size - 1}"
+        if all(each[1] for each in heard):
+            nccl = _nccl(rank, size)
         distributed.barrier()
         distributed.destroy_process_group()
     except RuntimeError as error:
         peers = str(error).splitlines()[0]
-    return devices, str(torch.__version__), peers
+    return devices, str(torch.__version__), peers, nccl
+
+
+def _nccl(rank: int, size: int) -> str:
+    """ok if the GPUs of all ranks can add up their ranks by NCCL; else why not."""
+    import torch
+    from torch import distributed
+
+    device = gpus.own(int(os.environ["SLURM_LOCALID"]))
+    try:
+        torch.cuda.set_device(device)
+        group = distributed.new_group(backend="nccl", timeout=NCCL_TIMEOUT, device_id=device)
+        total = torch.tensor([rank], device=device)
+        distributed.all_reduce(total, group=group)
+        found = int(total)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "ok" if found == size * (size - 1) // 2 else f"the sum of the ranks is {found}, not {size * (size - 1) // 2}"

@@ -23,6 +23,7 @@ from torch import Tensor, distributed
 
 from distill.core.errors import EXIT_PEER, PeerLost, RunError
 from distill.flow.draws import Rows
+from distill.launch import gpus
 
 T = TypeVar("T")
 PLACE = 120  # bytes of the place that ranks exchange in `meet`
@@ -193,18 +194,23 @@ class World:
     def join(cls, device: torch.device, timeout_minutes: float, local_rank: int, lost: Lost) -> Self:
         """Join the other ranks, as the environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-        device: the kind of device on which all ranks compute; with GPUs, this rank uses number `local_rank`.
+        device: the kind of device on which all ranks compute; with GPUs, this rank uses that of `gpus.own`.
         timeout_minutes: of a collective.
         lost: called with a message if the process must end without an exception.
         """
-        backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
+        backend, own, timeout = "gloo", None, timedelta(minutes=timeout_minutes)
         if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"  # messages go by gloo, which need not wait for a GPU
-            torch.cuda.set_device(local_rank)
+            own = gpus.own(local_rank)
+            torch.cuda.set_device(own)
         with cls(local_rank).contact("joining the other ranks"):
             store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
             works = distributed.PrefixStore("works", store)
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            if own is not None:
+                gpus.refuse_shared(works, rank, size, own)
+            distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=own
+            )  # with a device, NCCL connects here, and not in the first collective
         watch = Watch(rank, timeout.total_seconds() + GRACE, lost)
         return cls(rank, size, watch, works, timeout)
 
