@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor, nn
 
 from distill.flow.codecs import LatentScaling
-from distill.flow.draws import Rows
+from distill.flow.draws import Rows, Split
 from distill.flow.interpolants import Interpolant
 
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
@@ -190,7 +190,9 @@ class Draw(Protocol):
     def normal(self, name: str, like: Tensor) -> Tensor: ...  # in the shape, dtype and device of `like`
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
     def integer(self, name: str, below: int) -> int: ...  # in 0 ... below - 1, equal on all ranks and micro-batches
-    def every(self, fraction: float, like: Tensor) -> Tensor: ...  # [B] bool: true for this fraction, evenly spaced
+    def split(
+        self, fraction: float, like: Tensor
+    ) -> Split: ...  # this fraction of the rows, and the others
 
 
 @runtime_checkable

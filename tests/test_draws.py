@@ -11,6 +11,7 @@ from scipy.stats import kstest
 from distill.core.errors import InputError
 from distill.flow import keyed_permutation
 from distill.flow.draws import Rows, StepDraw, key, permutation, sample_labels, sample_noise
+from distill.flow.fields import rows_to_call
 
 # --- samples: (seed, index) alone ---
 
@@ -118,7 +119,17 @@ def test_dtypes_normal_as_like_uniform_always_float32():
 def test_a_part_of_a_batch_that_holds_no_sample_is_refused():
     said = re.escape("a fraction of 0.25 selects none or all of the 2 samples of a batch; increase batch_size")
     with pytest.raises(InputError, match=f"^{said}$"):
-        StepDraw(0, 0, 0, Rows(0, 2, 2)).every(0.25, torch.zeros(2, 1))
+        StepDraw(0, 0, 0, Rows(0, 2, 2)).split(0.25, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.75, 1.0])
+def test_a_split_is_the_same_for_any_micro_batches_and_its_parts_are_those_of_its_mask(fraction):
+    whole = StepDraw(0, 0, 0, Rows(0, 20, 20)).split(fraction, torch.zeros(20, 1))
+    assert int(whole.mask.sum()) == int(20 * fraction) and whole.mask.dtype == torch.bool
+    parts = [StepDraw(0, 0, 0, Rows(at, at + 4, 20)).split(fraction, torch.zeros(4, 1)) for at in range(0, 20, 4)]
+    assert torch.equal(torch.cat([part.mask for part in parts]), whole.mask)
+    for part in (whole, *parts):
+        assert torch.equal(part.rows, rows_to_call(part.mask)) and torch.equal(part.others, rows_to_call(~part.mask))
 
 
 def test_a_draw_of_the_wrong_number_of_rows_is_refused():

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,19 @@ class Rows:
             raise ValueError(f"rows [{self.start}, {self.stop}) are not within a global batch of {self.total}")
 
 
+class Split(NamedTuple):
+    """The rows of a micro-batch in two parts.
+
+    mask: [B] bool, the rows of the first part. rows, others: [n >= 1] indices of the rows of each part; row 0 if a part
+    is empty, since networks cannot take an empty batch, and under ZeRO-3 every rank must make the call: the result must
+    then be ignored.
+    """
+
+    mask: Tensor
+    rows: Tensor
+    others: Tensor
+
+
 @dataclass(frozen=True)
 class StepDraw:
     """Random numbers for one turn of one step. Implements `protocols.Draw`.
@@ -69,20 +83,22 @@ class StepDraw:
         """An integer in 0 ... below - 1, the same for all ranks and micro-batches of the turn."""
         return self._key("integer", name) % below
 
-    def every(self, fraction: float, like: Tensor) -> Tensor:
-        """Selects `fraction` of the rows of the global batch, rounded down and evenly spaced: [B] bool.
+    def split(self, fraction: float, like: Tensor) -> Split:
+        """Selects `fraction` of the rows of the global batch, rounded down and evenly spaced.
 
-        The choice of rows is not random, but the samples in them are. The mask is on the device of `like` [B, ...].
-        Raises InputError if a fraction between 0 and 1 selects no row or all rows.
+        The choice of rows is not random, but the samples in them are. The tensors are on the device of `like` [B, ...],
+        which is not waited for. Raises InputError if a fraction between 0 and 1 selects no row or all rows.
         """
-        own, total = self._own("every", like), self.rows.total
+        own, total = self._own("split", like), self.rows.total
         if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
             raise InputError(
                 f"a fraction of {fraction:g} selects none or all of the {total} samples of a batch; increase batch_size"
             )
-        before = torch.arange(own.start, own.stop + 1, dtype=torch.float64, device=like.device)
-        counts = (before * fraction + SLACK).floor()
-        return counts[1:] > counts[:-1]
+        counts = np.floor(np.arange(own.start, own.stop + 1) * fraction + SLACK)
+        mask = counts[1:] > counts[:-1]
+        indices = (np.flatnonzero(each) for each in (mask, ~mask))
+        arrays = (mask, *(each if len(each) else np.zeros(1, np.int64) for each in indices))
+        return Split(*(torch.from_numpy(each).to(like.device, non_blocking=True) for each in arrays))
 
     def _own(self, name: str, like: Tensor) -> range:
         """The range of rows of the global batch in this micro-batch. Raises ValueError if `like` has another length."""

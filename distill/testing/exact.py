@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.flow.conditioning import of_classes
-from distill.flow.draws import Rows, StepDraw, generator
+from distill.flow.draws import Rows, Split, StepDraw, generator
 from distill.flow.interpolants import like, linear
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Cond, Conditioning, Copy, Nets, Recipe, VelocityField
@@ -105,8 +105,8 @@ class Draws:
     def integer(self, name: str, below: int) -> int:
         return self.draw.integer(name, below)
 
-    def every(self, fraction: float, like: Tensor) -> Tensor:
-        return self.draw.every(fraction, like)
+    def split(self, fraction: float, like: Tensor) -> Split:
+        return self.draw.split(fraction, like)
 
 
 def context(

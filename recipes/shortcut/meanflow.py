@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from torch import Tensor, nn
 
 from distill.flow import autodiff, distances, times
-from distill.flow.fields import rows_to_call
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -94,14 +93,14 @@ class Recipe:
         c, data, student = self.config, batch.data, nets["student"]
         noise, path = ctx.draw.normal("noise", data), student.interpolant
         one, other = (self.law(ctx.draw.uniform(name, data)) for name in ("t", "s"))
-        t, on_diagonal = torch.maximum(one, other), ctx.draw.every(c.diagonal, data)
+        t, (on_diagonal, _, rows) = torch.maximum(one, other), ctx.draw.split(c.diagonal, data)
         s = torch.minimum(one, other) * (ctx.draw.uniform("to_data", data) >= c.to_data)
         s = torch.where(on_diagonal, t, s)  # [B], s <= t
         x_t, v = path.mix(data, noise, t), path.velocity(data, noise, t)
         if self.teacher is not None:
             with torch.no_grad():
                 v = self.teacher(x_t, t, batch.cond)
-        target = self.target(student, x_t, t, s, v, batch, rows_to_call(~on_diagonal))
+        target = self.target(student, x_t, t, s, v, batch, rows)
         error = distances.mse(student(x_t, t, s, batch.cond), target)  # [B]
         weight = (error.detach() + (c.c or 1e-3)) ** -c.power
         return Loss((weight * error).mean(), {"error": error.detach().mean()})

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from distill.flow import distances, solvers
-from distill.flow.fields import rows_to_call
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -79,22 +78,21 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None
         c, data, student, path = self.config, batch.data, nets["student"], nets["student"].interpolant
-        taught = ctx.draw.every(c.bootstrap, data)  # [B] bool: learns from two half steps
+        taught, bootstrapped, others = ctx.draw.split(c.bootstrap, data)  # those that learn from two half steps
         level = (ctx.draw.uniform("level", data) * (c.grid.bit_length() - 1)).floor()
         d = torch.where(taught, 2**-level, self.finest)  # 1, 1/2, ..., 2/M; or 1/M
         t = d * ((ctx.draw.uniform("t", data) / d).floor() + 1)  # a multiple of d in (0, 1]
         noise = ctx.draw.normal("noise", data)
         x_t, target = path.mix(data, noise, t), path.velocity(data, noise, t)
 
-        def teach(mask: Tensor, lesson: Callable[[Tensor, Tensor, Tensor, Cond], Tensor]) -> None:
-            rows = rows_to_call(mask)
+        def teach(mask: Tensor, rows: Tensor, lesson: Callable[[Tensor, Tensor, Tensor, Cond], Tensor]) -> None:
             u = lesson(x_t[rows], t[rows], d[rows], {name: value[rows] for name, value in batch.cond.items()})
             target[rows] = torch.where(like(mask[rows], u), u, target[rows])
 
         with torch.no_grad():
             if self.teacher is not None:
-                teach(~taught, self.finest_step)
-            teach(taught, lambda *given: self.two_half_steps(nets.get("target", student), *given))
+                teach(~taught, others, self.finest_step)
+            teach(taught, bootstrapped, lambda *given: self.two_half_steps(nets.get("target", student), *given))
         return Loss(distances.mse(student(x_t, t, t - d, batch.cond), target).mean())
 
     def finest_step(self, x_t: Tensor, t: Tensor, d: Tensor, cond: Cond) -> Tensor:
