@@ -5,6 +5,7 @@ copy to the CPU. Whether the numbers are right is tested on the CPU. The backwar
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from distill.flow import guidance, solvers
 from distill.flow.draws import Rows, StepDraw
-from distill.flow.interpolants import vp
+from distill.flow.interpolants import like, linear, vp
+from distill.solvers import find_solver, solver_names
+from distill.spec.guidancespec import GuidanceSpec
 from distill.teachers.network_field import LinearCall
 from distill.testing.subject import SHAPE, Noise, start
 from distill.training.engine import StepContext
@@ -107,3 +112,79 @@ def test_what_is_refused(gpu):
         x.sum().item()
     with pytest.raises(FakeTensorDeviceMismatchError):
         x + torch.ones(3, device="cpu")
+
+
+class OnlyGpu(FakeTensorMode):
+    """Tensors on the GPU are pretended; those on the CPU are real, so that code may read a grid of times there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor | torch.device)]
+        on_gpu = any((each if isinstance(each, torch.device) else each.device).type == "cuda" for each in given)
+        if not on_gpu:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@pytest.fixture
+def sampling():
+    """Pretended GPU tensors without gradients, as in sampling."""
+    with OnlyGpu(allow_non_fake_inputs=True), NoCopyToCpu(), torch.no_grad():
+        yield
+
+
+class Field:
+    """A velocity field that needs a condition, on any path."""
+
+    def __init__(self, interpolant, highest=1.0):
+        self.interpolant, self.t_range = interpolant, (0.001, highest)
+
+    def __call__(self, x_t, t, cond):
+        assert {x_t.device, t.device, *(each.device for each in cond.values())} == {CUDA}
+        return x_t * like(t, x_t).to(x_t.dtype) + like(cond["class_labels"], x_t)
+
+
+PATHS = {
+    "linear": lambda: Field(linear(), 0.999),
+    "vp": lambda: Field(vp(torch.sigmoid(torch.linspace(8, -8, 100, dtype=torch.float64)))),
+}
+
+
+def of_class(count: int) -> dict[str, torch.Tensor]:
+    return {"class_labels": there(count, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("solver", solver_names())
+def test_solvers_do_not_wait(solver, path, request):
+    field, noises = PATHS[path](), find_solver(solver).noises
+    request.getfixturevalue("sampling")
+    noise = there(ROWS, *SHAPE)
+    fresh = [torch.empty_like(noise) for _ in range(noises(16) if noises else 0)]
+    assert solvers.solve(field, noise, of_class(ROWS), solver=solver, steps=16, fresh=fresh).device == CUDA
+
+
+@pytest.mark.parametrize("form", ["cfg", "zero_star", "apg", "rescaled", "renormalised"])
+def test_guidance_does_not_wait(form, request):
+    field, weak = PATHS["linear"](), PATHS["linear"]()
+    request.getfixturevalue("sampling")
+    null = lambda cond: {"class_labels": torch.zeros_like(cond["class_labels"])}  # noqa: E731
+    guided = guidance.Guided(field, null, 3.0, guidance.combination(GuidanceSpec(form=form)))
+    for each in (guided, guidance.Autoguided(field, weak, 3.0), guidance.Scaled(field, 1.01)):
+        x, t = there(ROWS, *SHAPE), there(ROWS, dtype=torch.float64)
+        assert each(x, t, of_class(ROWS)).device == CUDA
+
+
+@pytest.mark.parametrize("name", ["accelerated", "bns", "euler", "jump", "renoise", "same_noise"])
+def test_samplers_do_not_wait(name, sampling):
+    """The grid of times is on the CPU, as a card has it."""
+    sampler = importlib.import_module(f"distill.students.samplers.{name}")
+    noise, grid = there(ROWS, *SHAPE), torch.linspace(1, 0, 4, dtype=torch.float64)
+    more = {"bns": [torch.ones(3, 4)], "renoise": [torch.empty_like(noise)] * 2}.get(name, [])
+
+    def network(x_t, t, *others):
+        assert {each.device for each in (x_t, t, *(each for each in others if isinstance(each, torch.Tensor)))} == {
+            CUDA
+        }
+        return x_t * like(t, x_t).to(x_t.dtype)
+
+    assert sampler.sample(network, noise, grid, {}, *more).device == CUDA
