@@ -190,9 +190,7 @@ class Draw(Protocol):
     def normal(self, name: str, like: Tensor) -> Tensor: ...  # in the shape, dtype and device of `like`
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
     def integer(self, name: str, below: int) -> int: ...  # in 0 ... below - 1, equal on all ranks and micro-batches
-    def split(
-        self, fraction: float, like: Tensor
-    ) -> Split: ...  # this fraction of the rows, and the others
+    def split(self, fraction: float, like: Tensor) -> Split: ...  # this fraction of the rows, and the others
 
 
 @runtime_checkable

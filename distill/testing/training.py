@@ -15,12 +15,14 @@ from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage
 from distill.testing.subject import Noise, Subject, start
 from distill.training import engine
+from distill.training.blocks import EAGER, Blocks
 from distill.training.engine import TrainResult
 from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.sharding import Sharding
 from distill.training.world import ALONE, World
 
+CPU = torch.device("cpu")
 BATCH, MOVES = 4, 2  # batch size, and number of updates of the student; other networks may have more or fewer
 
 
@@ -47,22 +49,26 @@ def train(
     stop_at: int | None = None,
     world: World = ALONE,
     sharding: Sharding = PLAIN,
+    device: torch.device = CPU,
+    blocks: Blocks = EAGER,
+    moves: int = MOVES,
     probe: Callable[[Roles], None] | None = None,
 ) -> tuple[TrainResult, list[dict[str, float]]]:
     """Train a recipe; returns the result and the logged numbers of every step.
 
-    micro_batch: None: all rows of a rank. stop_at: stop after this many images, then resume.
+    micro_batch: None: all rows of a rank. stop_at: stop after this many images, then resume. moves: number of updates
+    of the student.
     """
     recipe, init, teacher = start(subject)
     stage = TrainStage(
         kind="train",
         recipe=subject.recipe,
-        images=MOVES * BATCH,
+        images=moves * BATCH,
         batch_size=BATCH,
         precision=precision,
         optimizer=OptimizerSpec(lr=1e-3),
         ema_half_lives=[16.0],
-        checkpoint=CheckpointSpec(images=MOVES * BATCH),
+        checkpoint=CheckpointSpec(images=moves * BATCH),
     )
     stop = StopRequest()
     recorder = Recorder(stop, stop_at)
@@ -74,7 +80,7 @@ def train(
             Noise(BATCH, subject.times),
             stage,
             seed=0,
-            device=torch.device("cpu"),
+            device=device,
             micro_batch=micro_batch or BATCH // world.size,
             paths=StagePaths(folder),
             progress=recorder,
@@ -82,6 +88,7 @@ def train(
             world=world,
             sharding=sharding,
             teacher=teacher.network,
+            blocks=blocks,
             probe=probe,
         )
 
