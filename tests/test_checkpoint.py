@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from programs.train_vector import train
+from programs.train_vector import averages, train
 
 from distill.core import space
 from distill.core.errors import InputError, RunError
@@ -20,6 +20,7 @@ from distill.core.owners import Owner
 from distill.spec.model import CheckpointSpec
 from distill.training import checkpoint
 from distill.training.checkpoint import Checkpoints, complete, differences, latest, weights
+from distill.training.parts import Parts
 from distill.training.saving import Saver
 
 
@@ -31,7 +32,7 @@ def make(folder, warn=None, *, keep=2, images=None, minutes=None, settings=None)
 def save(checkpoints, step, images, groups):
     """Until it is on the disk."""
     saver = Saver(checkpoints, lambda saved: None)
-    saver.save(step, images, groups)
+    saver.save(step, images, [(name, Parts(tensors)) for name, tensors in groups])
     saver.finish()
     return checkpoints.last
 
@@ -122,8 +123,8 @@ DAMAGE = {
         r"meta\.json: wrong checksum",
     ),
     "other format": (
-        lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 2')),
-        r"meta\.json: Input should be 1",
+        lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 3')),
+        r"meta\.json: Input should be 1 or 2",
     ),
     "empty": (lambda d: [f.unlink() for f in d.iterdir()], r"meta\.json: No such file or directory"),
 }
@@ -198,7 +199,7 @@ def test_weights_for_export(tmp_path):
     folder = tmp_path / "stages/train/checkpoints"
     for half_life, expected in (
         (None, result.roles.networks["student"].state_dict()),
-        *result.roles.averages().items(),
+        *averages(result.roles).items(),
     ):
         given, images = weights(folder, half_life=half_life)
         assert images == 128

@@ -83,7 +83,7 @@ def test_muon_leaves_what_is_no_matrix_to_adamw(tmp_path):
     step(theirs, OptimizerSpec())
     same = {name for name, p in ours.named_parameters() if torch.equal(p, theirs.get_parameter(name))}
     assert same == {"linear.bias", "conv.weight", "table.weight"}
-    kept = {name.rpartition("/")[2] for name in trainable.state() if name.startswith("linear.weight/")}
+    kept = {name.rpartition("/")[2] for name in trainable.state().tensors if name.startswith("linear.weight/")}
     assert kept == {"momentum_buffer"}
     text = optimizers.describe(OptimizerSpec(name="muon"), "student", ours)
     assert text.startswith("student: muon trains 1 of 4 parameters, 23% of the elements; adamw trains those that are")
@@ -140,7 +140,7 @@ def test_the_bytes_of_the_state_are_known_before_the_first_step(name, make):
     expected = optimizers.state_bytes(spec, module)
     trainable, _ = step(module, spec)
     tables = ("qmap1", "qmap2")  # 1 KiB each, for all weights together
-    counted = {key: t.nbytes for key, t in trainable.state().items() if t.ndim and not key.endswith(tables)}
+    counted = {key: t.nbytes for key, t in trainable.state().tensors.items() if t.ndim and not key.endswith(tables)}
     assert sum(counted.values()) == expected
     if name == "adamw_8bit" and not isinstance(module, nn.ModuleDict):
         assert expected < 0.27 * 8 * sum(p.numel() for p in module.parameters())

@@ -16,9 +16,9 @@ from choices import few
 from programs import parity
 from programs.forked import Forked
 from runs import folder_bytes
-from safetensors.torch import load_file
 
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
+from distill.training import checkpoint_files
 
 pytestmark = pytest.mark.process
 ZERO = ("none", "0", "1", "2", "3")
@@ -69,8 +69,9 @@ def newest(out, case):
 
 
 def tensors(folder):
-    files = sorted(folder.glob("*.safetensors"))
-    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    found = checkpoint_files.verified(folder)
+    groups = {checkpoint_files.group_of(name) for name in found.meta.files}
+    return {f"{group}/{name}": tensor for group in groups for name, tensor in found.tensors(group).items()}
 
 
 def bits(folder):
@@ -230,9 +231,8 @@ def test_memory_is_predicted_from_shapes(together, case):
             assert predicted[kind] == pytest.approx(counted[kind], rel=0.3 if kind == "gradients" else 0.01), kind
         assert found["activations"] > 10 * 4 * parity.MICRO * 32 * 64, "more than ten layers' worth"
         assert found["process"] > sum(counted.values())
-        files = checkpoint(together, case, STEPS).glob("*.safetensors")
-        copied = sum(path.stat().st_size for path in files) if rank == 0 else 0
-        assert found["saving"] == pytest.approx(copied, rel=0.1)
+        files = checkpoint(together, case, STEPS).glob(f"*.{rank:05d}-of-00002.safetensors")
+        assert found["saving"] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.1)
 
 
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
@@ -243,7 +243,7 @@ def test_adapters_are_trained_by_two_ranks_as_by_one_process(alone, together, ze
     found = json.loads((together / f"{case}.memory-0.json").read_text())
     for kind in ("parameters", "optimizer", "ema"):  # gradients of so few weights are skewed
         assert found["predicted"][kind] == pytest.approx(found["counted"][kind], rel=0.01), kind
-    saved = load_file(checkpoint(together, case, STEPS) / "network.student.safetensors")
+    saved = checkpoint_files.verified(checkpoint(together, case, STEPS)).tensors("network.student")
     still = {name.replace(".base_layer", ""): tensor for name, tensor in saved.items()}
     for name, tensor in parity.Init().velocity_field().named_parameters():
         assert torch.equal(still[name], tensor), name

@@ -7,7 +7,8 @@ bytes, and writes them while training continues.
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,38 +22,50 @@ from distill.spec.model import CheckpointSpec
 from distill.training.checkpoint_files import (
     Checkpoint,
     Damaged,
+    FileMeta,
     Meta,
+    PieceMeta,
     clear,
     complete,
     ema_group,
+    file_of,
+    group_of,
     network_group,
+    read_meta,
     remove,
     step_of,
     store,
     verified,
+    verify,
 )
+from distill.training.meeting import Meeting, MissingPartError
+from distill.training.world import ALONE, World
 
 Warn = Callable[[str], None]
+WrittenGroup = tuple[str, bytes | memoryview, Mapping[str, PieceMeta]]  # name, content of the file, which parts it has
 
 
-def latest(folder: Path, warn: Warn) -> Checkpoint | None:
-    """The newest checkpoint that is not damaged; None if there is no checkpoint yet.
+def latest(folder: Path, warn: Warn, world: World = ALONE) -> Checkpoint | None:
+    """The newest checkpoint that is not damaged; None if there is no checkpoint yet. All ranks must call it.
 
     Damaged ones are skipped with a warning. RunError if all are damaged, so that training never silently restarts.
+    Each file is read by one rank, for its checksum.
     """
-    listed = complete(folder)
+    names = json.loads(world.tell("the checkpoints", json.dumps([path.name for path in complete(folder)]))[0])
+    listed = [folder / name for name in names]
     damaged: dict[Path, str] = {}
     for path in listed:
-        try:
-            found = Checkpoint(path, verified(path))
-        except Damaged as reason:
-            damaged[path] = str(reason)
+        found, reason = _checked(path, world)
+        if bad := next(filter(None, world.tell(f"the files of {path.name}", reason)), None):
+            damaged[path] = bad
             continue
-        for bad, why in damaged.items():
-            warn(f"checkpoint {bad} is damaged ({why}); going back to {path.name}")
+        assert found is not None
+        for each, why in damaged.items():
+            warn(f"checkpoint {each} is damaged ({why}); going back to {path.name}")
         return found
-    if complete(folder) != listed:  # a running training replaced them meanwhile
-        return latest(folder, warn)
+    changed = complete(folder) != listed  # a running training replaced them meanwhile
+    if any(world.tell("whether the checkpoints changed", "yes" if changed else "")):
+        return latest(folder, warn, world)
     if damaged:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise RunError(
@@ -60,6 +73,16 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
             "restore one from a backup, or remove that folder to start this stage again from step 0"
         )
     return None
+
+
+def _checked(path: Path, world: World) -> tuple[Checkpoint | None, str]:
+    """(the checkpoint, what is wrong with the files that this rank checks; "" if nothing is)."""
+    try:
+        meta = read_meta(path)
+        verify(path, meta, [name for i, name in enumerate(sorted(meta.files)) if i % world.size == world.rank])
+    except Damaged as reason:
+        return None, str(reason) or "damaged"
+    return Checkpoint(path, meta), ""
 
 
 def to_stderr(text: str) -> None:
@@ -72,7 +95,7 @@ def ofstep_of(folder: Path, step: int) -> Checkpoint:
     for path in complete(folder):
         if step_of(path) == step:
             try:
-                return Checkpoint(path, verified(path))
+                return verified(path)
             except Damaged as reason:
                 raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step") from reason
     steps = ", ".join(f"step-{step_of(path)}" for path in complete(folder)) or "none yet"
@@ -97,7 +120,7 @@ def weights(
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
     group = network_group(network) if half_life is None else ema_group(network, half_life)
-    if f"{group}.safetensors" not in found.meta.files:
+    if group not in {group_of(name) for name in found.meta.files}:
         raise InputError(f"checkpoint {found.path} has no '{group}'; it has {found.groups}")
     try:
         return found.tensors(group), found.meta.images
@@ -141,12 +164,12 @@ class Checkpoints:
         self.last: Path | None = None  # the newest complete checkpoint
         self._images, self._time, self._size = 0, time.monotonic(), 0
 
-    def resume(self) -> Checkpoint | None:
-        """The checkpoint to resume from, or None to start from the beginning.
+    def resume(self, world: World = ALONE) -> Checkpoint | None:
+        """The checkpoint to resume from, or None to start from the beginning. All ranks must call it.
 
-        Removes what a killed process left behind. InputError if the settings differ from the checkpoint's.
+        Rank 0 removes what a killed process left behind. InputError if the settings differ from the checkpoint's.
         """
-        found = latest(self.folder, self.warn)
+        found = latest(self.folder, self.warn, world)
         if found is not None:
             self._check_settings(found)
             changed = differences(found.meta.environment, self.environment)
@@ -156,6 +179,10 @@ class Checkpoints:
                     "bit-identical to that of an uninterrupted run"
                 )
             self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
+        world.alone("clearing up", partial(self._tidy, found))
+        return found
+
+    def _tidy(self, found: Checkpoint | None) -> None:
         try:
             self._clear(newer_than=None if found is None else found.meta.step)
             if self._kept is not None:
@@ -164,7 +191,6 @@ class Checkpoints:
             raise RunError(
                 f"cannot delete {error.filename}: {error.strerror}; last good checkpoint: {self.last}"
             ) from error
-        return found
 
     def require_room(self, size: int) -> None:
         """RunError unless the disk has space for all checkpoints, of `size` bytes, that exist at the same time."""
@@ -173,11 +199,11 @@ class Checkpoints:
         space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
     def warn_of_memory(self, size: int) -> None:
-        """Warn if the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
+        """Warn if the copies of parts of a checkpoint on this host, `size` bytes (see `saving`), do not fit."""
         left = space.memory()
         if left is not None and size > left:
             self.warn(
-                f"saving keeps a copy of the checkpoint, about {space.human(size)}, in the memory of rank 0's host, "
+                f"saving keeps a copy of the checkpoint, about {space.human(size)}, in the memory of this host, "
                 f"but only {space.human(left)} is free there: the run may be killed at its first save. Give the job "
                 "more memory, or start fewer processes on that host"
             )
@@ -197,12 +223,13 @@ class Checkpoints:
         """Note that the checkpoint of this step is complete. `write` does this too; other ranks must call it."""
         self.last = self._path(step)
 
-    def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
-        """Write a checkpoint after `step` steps, completely or not at all. Then remove the oldest.
+    def write(self, step: int, images: int, files: Sequence[WrittenGroup], meeting: Meeting) -> None:
+        """Write a checkpoint after `step` steps, completely or not at all. Then remove the oldest. For rank 0.
 
         RunError if writing fails; its message names the last good checkpoint.
 
-        files: (group, content) in the order of writing. The content may not change meanwhile.
+        files: the groups of this rank. The contents may not change meanwhile. meeting: of all ranks, which write their
+        own groups with `write_part`.
         """
         path = self._path(step)
         last = self.last or "none yet"
@@ -210,14 +237,17 @@ class Checkpoints:
             if missing := space.shortage(self.folder, self._size):  # assumes the size of the last one
                 raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
             with new_folder(path) as new:
-                names = ((f"{group}.safetensors", content) for group, content in files)
-                written = {name: store(new / name, content) for name, content in names}
+                meeting.announce(new)
+                written = _stored(new, files, meeting) | meeting.reports()
                 meta = Meta(
-                    step=step, images=images, settings=self.settings, environment=self.environment, files=written
-                ).sealed()
+                    format=1 if meeting.world.size == 1 else 2,
+                    step=step, images=images, settings=self.settings, environment=self.environment, files=written,
+                ).sealed()  # fmt: skip
                 store(new / "meta.json", meta.model_dump_json(indent=2).encode())
             if self._kept is not None:
                 self._kept.keep(path, meta)
+        except MissingPartError as error:
+            raise RunError(f"cannot save checkpoint {path}: {error}; last good checkpoint: {last}") from error
         except OSError as error:
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
         self.appeared(step)
@@ -228,6 +258,17 @@ class Checkpoints:
             raise RunError(
                 f"cannot remove old checkpoints: {error.filename}: {error.strerror}; last good checkpoint: {path}"
             ) from error
+
+    def write_part(self, files: Sequence[WrittenGroup], meeting: Meeting) -> None:
+        """Write this rank's part of the checkpoint that rank 0 writes. RunError if it cannot."""
+        folder = meeting.folder()
+        if folder is None:
+            return
+        try:
+            meeting.report(_stored(folder, files, meeting))
+        except OSError as error:
+            meeting.report({}, str(error.strerror))
+            raise RunError(f"cannot save checkpoint {folder}: {error.strerror}") from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -267,6 +308,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             out.append(f"{prefix}{name}: {json.dumps(before)} -> {json.dumps(after)}")
     return out
+
+
+def _stored(folder: Path, files: Sequence[WrittenGroup], meeting: Meeting) -> dict[str, FileMeta]:
+    """Write the files of this rank; returns what meta.json says of them."""
+    found: dict[str, FileMeta] = {}
+    for group, content, pieces in files:
+        name = file_of(group, meeting.world.rank, meeting.world.size)
+        found[name] = store(folder / name, content).model_copy(update={"pieces": dict(pieces)})
+    return found
 
 
 def _bytes(meta: Meta) -> int:

@@ -14,13 +14,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load as from_bytes
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from torch import Tensor
 
 from distill.core import lease
@@ -29,10 +31,8 @@ from distill.core.errors import RunError
 
 COMPLETE = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also from older versions of distill
+OF_RANK = re.compile(r"\.\d{5}-of-\d{5}$")  # in the names of files, if several ranks wrote the checkpoint
 CHUNK = 1 << 24  # bytes that are hashed and written at once, so that other threads can run in between
-TensorGroup = tuple[str, Mapping[str, Tensor]]  # name, tensors by name
-
-
 RECIPE_GROUP = "recipe"  # name of the group with the recipe's own state
 
 
@@ -46,24 +46,44 @@ def optimizer_group(network: str) -> str:
     return f"optimizer.{network}"
 
 
+def group_of(file: str) -> str:
+    """The group of which a file has tensors."""
+    return OF_RANK.sub("", file.removesuffix(".safetensors"))
+
+
+def file_of(group: str, rank: int, size: int) -> str:
+    """The file of a group that one of `size` ranks writes."""
+    return f"{group}.safetensors" if size == 1 else f"{group}.{rank:05d}-of-{size:05d}.safetensors"
+
+
 def ema_group(network: str, half_life: float) -> str:
     """Name of the group with a network's averaged weights. half_life: in images."""
     return f"ema.{network}.{float(half_life)!r}"
 
 
+class PieceMeta(BaseModel):
+    """Which part of a tensor a file has: elements from `start` on of the flattened tensor, whose shape is `shape`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    start: Annotated[int, Field(ge=0)]
+    shape: list[Annotated[int, Field(ge=0)]]
+
+
 class FileMeta(BaseModel):
-    """Expected checksum and size (bytes) of a file."""
+    """Expected checksum and size (bytes) of a file, and of which tensors it has only a part."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str
     size: int
+    pieces: dict[str, PieceMeta] = {}
 
 
 class Meta(BaseModel):
     """The content of meta.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
+    """2: written by several ranks"""
     step: int
     """number of completed steps"""
     images: int
@@ -77,8 +97,12 @@ class Meta(BaseModel):
 
     def sealed(self) -> "Meta":
         """A copy with the digest of the other fields."""
-        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
-        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
+        content = self.model_dump(mode="json", exclude={"digest"})
+        for file in content["files"].values():
+            if not file["pieces"]:
+                del file["pieces"]  # so that the digest is that of files of format 1
+        text = json.dumps(content, sort_keys=True)
+        return self.model_copy(update={"digest": hashlib.sha256(text.encode()).hexdigest()})
 
 
 class Damaged(Exception):  # noqa: N818  (says why a checkpoint cannot be used; is always caught)
@@ -87,22 +111,69 @@ class Damaged(Exception):  # noqa: N818  (says why a checkpoint cannot be used; 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete, verified checkpoint."""
+    """A complete checkpoint, whose files are as they were written."""
 
     path: Path
     meta: Meta
 
+    def group(self, name: str) -> "GroupReader":
+        """The tensors of a group, to be read one by one. RunError if the checkpoint has no such group."""
+        files = [file for file in self.meta.files if group_of(file) == name]
+        if not files:
+            raise RunError(f"checkpoint {self.path} has no '{name}'; it has {self.groups}")
+        return GroupReader(self.path, {file: self.meta.files[file].pieces for file in sorted(files)})
+
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Read the tensors of a group, to the CPU. RunError if the checkpoint has no such group."""
-        file = self.path / f"{group}.safetensors"
-        if file.name not in self.meta.files:
-            raise RunError(f"checkpoint {self.path} has no '{group}'; it has {self.groups}")
-        return from_bytes(file.read_bytes())
+        with self.group(group) as reader:
+            return {name: reader.whole(name) for name in reader.shapes}
 
     @property
     def groups(self) -> str:
         """The names of its groups, for messages."""
-        return ", ".join(sorted(name.removesuffix(".safetensors") for name in self.meta.files))
+        return ", ".join(sorted({group_of(name) for name in self.meta.files}))
+
+
+class GroupReader:
+    """Reads tensors of a group, each whole or in part, from the files that have it. A context manager.
+
+    shapes: of all tensors of the group, by name.
+    """
+
+    def __init__(self, folder: Path, pieces: Mapping[str, Mapping[str, PieceMeta]]) -> None:
+        self._stack = ExitStack()
+        self.shapes: dict[str, torch.Size] = {}
+        self._found: dict[str, list[tuple[int, int, Any]]] = {}  # (first element, number, open file) by tensor
+        for file, parts in pieces.items():
+            opened = self._stack.enter_context(safe_open(folder / file, "pt"))
+            for name in opened.keys():  # noqa: SIM118  (it is no mapping)
+                shape = torch.Size(opened.get_slice(name).get_shape())
+                part = parts.get(name)
+                self._found.setdefault(name, []).append((0 if part is None else part.start, shape.numel(), opened))
+                self.shapes[name] = shape if part is None else torch.Size(part.shape)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        return self.part(name, 0, self.shapes[name].numel()).view(self.shapes[name])
+
+    def part(self, name: str, start: int, numel: int) -> Tensor:
+        """`numel` elements of a flattened tensor from `start` on, on the CPU. RunError if no file has some of them."""
+        parts: list[Tensor] = []
+        at, end = start, start + numel
+        for first, count, file in sorted(self._found[name], key=lambda each: each[0]):
+            if first <= at < first + count or (not numel and not count):
+                found = file.get_tensor(name).reshape(-1)[at - first : end - first]
+                parts.append(found)
+                at += found.numel()
+        if at != end or not parts:
+            raise RunError(f"no file has the elements {at} to {end} of '{name}'; the checkpoint is not complete")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -145,8 +216,8 @@ def store(path: Path, content: bytes | memoryview) -> FileMeta:
     return FileMeta(sha256=digest.hexdigest(), size=len(content))
 
 
-def verified(path: Path) -> Meta:
-    """The meta.json of a checkpoint whose files are all as they were written. Damaged if not."""
+def read_meta(path: Path) -> Meta:
+    """The meta.json of a checkpoint. Damaged if it is not as it was written."""
     try:
         meta = Meta.model_validate_json((path / "meta.json").read_bytes())
     except OSError as error:
@@ -155,7 +226,13 @@ def verified(path: Path) -> Meta:
         raise Damaged(f"meta.json: {error.errors()[0]['msg']}") from error
     if meta.sealed().digest != meta.digest:
         raise Damaged("meta.json: wrong checksum")
-    for name, expected in meta.files.items():
+    return meta
+
+
+def verify(path: Path, meta: Meta, names: Iterable[str]) -> None:
+    """Damaged unless these files of a checkpoint are as they were written."""
+    for name in names:
+        expected = meta.files[name]
         try:
             with (path / name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -165,4 +242,10 @@ def verified(path: Path) -> Meta:
                     raise Damaged(f"{name}: wrong checksum")
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from error
-    return meta
+
+
+def verified(path: Path) -> Checkpoint:
+    """A checkpoint whose files are all as they were written. Damaged if not."""
+    meta = read_meta(path)
+    verify(path, meta, meta.files)
+    return Checkpoint(path, meta)

@@ -100,9 +100,7 @@ def train(
     if stage.ema_snapshots is not None:
         kept = Snapshots(paths.snapshots, stage.ema_lengths, stage.ema_snapshots, batch_size, stage.images)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn, kept)
-    found = world.alone("clearing up", checkpoints.resume)
-    if not world.first:
-        found = checkpoints.resume()  # rank 0 has cleared the folder; the others only find the newest
+    found = checkpoints.resume(world)
     with world.contact("at the start"):
         roles = Roles(
             recipe,
@@ -121,7 +119,7 @@ def train(
     if probe is None:  # with a probe, the run is a temporary one
         world.alone("checking free space", partial(checkpoints.require_room, roles.checkpoint_bytes()))
         if world.first:
-            checkpoints.warn_of_memory(roles.checkpoint_bytes())
+            checkpoints.warn_of_memory(roles.checkpoint_bytes() * world.local // world.size)
     for name, trainable in roles.trainables.items():
         if world.first and (text := optimizers.describe(stage.optimizer, name, trainable.module)) is not None:
             progress.note(text)

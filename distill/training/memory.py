@@ -114,7 +114,7 @@ class Probe:
         self.other = self.saving = 0
 
     def __call__(self, roles: Roles) -> None:
-        self.saving = roles.checkpoint_bytes() if roles.world.first else 0
+        self.saving = roles.checkpoint_bytes() // roles.world.size
         live = roles.live()
         live["parameters"] = [*live["parameters"], *live.pop("copies")]
         found = {kind: storages(live[kind]) for kind in KINDS}
@@ -134,7 +134,8 @@ class Probe:
         """All counts in bytes, as JSON.
 
         `device` is the peak that torch allocated on the GPU, null without one. `process` is the peak memory of the
-        process. `saving` is the approximate host memory for the copy of a checkpoint, from the first save on.
+        process. `saving` is the approximate host memory for the copy of its part of a checkpoint, from the first save
+        on.
         """
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {

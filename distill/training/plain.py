@@ -1,6 +1,6 @@
 """Data-parallel training in plain PyTorch: every process has the whole networks, and gradients are averaged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -14,6 +14,8 @@ from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training import optimizers
 from distill.training.averaging import Averaging
+from distill.training.checkpoint_files import GroupReader
+from distill.training.parts import Parts, share_of
 from distill.training.reach import Reach
 from distill.training.sharding import Held, Sizes
 from distill.training.world import ALONE, World
@@ -114,42 +116,37 @@ class PlainTrainable:
     def masters(self) -> dict[str, Tensor]:
         return dict(self._parameters)
 
-    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(parts)
-
-    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: whole[key] for key in self._parameters}
+    def read(self, group: GroupReader) -> dict[str, Tensor]:
+        return {key: group.whole(key) for key in self._parameters}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         yield
 
-    def weights(self) -> dict[str, Tensor]:
-        return own_state(self.module)
+    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+        return share_of({**own_state(self.module), **own}, self.world.rank, self.world.size)
 
-    def unmoved(self) -> dict[str, Tensor]:
-        return {key: t for key, t in own_state(self.module).items() if key not in self._parameters}
-
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Parts:
         states = {key: optimizers.state(self._optimizers, p) for key, p in self._parameters.items()}
-        return {f"{key}/{name}": tensor for key, each in states.items() for name, tensor in each.items()}
+        found = {f"{key}/{name}": tensor for key, each in states.items() for name, tensor in each.items()}
+        return share_of(found, self.world.rank, self.world.size)
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self._refuse_unknown(tensors)
-        if not tensors:
+    def load_state(self, group: GroupReader) -> None:
+        self._refuse_unknown(group.shapes)
+        if not group.shapes:
             return
         self._reach.close()  # the turns before the checkpoint are not known any more
         states: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for full, tensor in tensors.items():
+        for full in group.shapes:
             key, _, name = full.rpartition("/")
-            states.setdefault(self._parameters[key], {})[name] = tensor
+            states.setdefault(self._parameters[key], {})[name] = group.whole(full)
         optimizers.load(self._optimizers, states)
 
     def close(self) -> None:
         """Nothing to free."""
 
-    def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
-        for full in tensors:
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        for full in names:
             if (key := full.rpartition("/")[0]) not in self._parameters:
                 raise RunError(f"the optimizer state of network '{self.name}' has '{key}', but the network does not")
 

@@ -5,6 +5,7 @@ This is everything that training changes, so it is what a checkpoint contains be
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ from distill.training.blocks import EAGER, Blocks, compile_networks, recompute
 from distill.training.checkpoint_files import (
     RECIPE_GROUP,
     Checkpoint,
-    TensorGroup,
     ema_group,
     network_group,
     optimizer_group,
 )
 from distill.training.ema import Ema
+from distill.training.parts import TensorGroup, share_of
 from distill.training.sharding import Sharding, Trainable
 from distill.training.world import World
 
@@ -84,7 +85,7 @@ class Roles:
         _refuse_sharing(self.networks, list(trained))
         for name in frozen:
             self.networks[name].requires_grad_(False).eval()
-        if found is not None:
+        if found is not None and world.first:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
         # All ranks take the weights of rank 0: the recipe may have initialised them differently on each rank. Those of
         # a base were read from the same files by all.
@@ -152,30 +153,21 @@ class Roles:
         self.ema.averages.clear()
         gc.collect()
 
-    def averages(self) -> dict[float, dict[str, Tensor]]:
-        """The student's state dicts with averaged weights, by half-life or length; whole at least on rank 0.
-
-        Buffers and frozen parameters are not averaged.
-        """
-        return {half_life: self._average(own) for half_life, own in self.ema.averages.items()}
-
-    def _average(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {**self.student.unmoved(), **self.student.gather(own)}
-
     def groups(self) -> Iterator[TensorGroup]:
-        """The groups of a checkpoint, one at a time. Every rank must iterate over all; they are whole on rank 0.
+        """The groups of a checkpoint, one at a time, with this rank's parts. Every rank must iterate over all.
 
-        A group may be gathered from all ranks for this; its memory is freed when the caller drops it.
+        Tensors may be gathered from all ranks for this; their memory is freed when the caller drops them.
         """
+        share = partial(share_of, rank=self.world.rank, size=self.world.size)
         for name, trainable in self.trainables.items():
-            yield network_group(name), trainable.weights()
+            yield network_group(name), trainable.parts(trainable.masters())
             yield optimizer_group(name), trainable.state()
         for name in self.copies:
-            yield network_group(name), own_state(self.networks[name])
-        for half_life, own in self.ema.averages.items():
-            yield ema_group("student", half_life), self._average(own)
+            yield network_group(name), share(own_state(self.networks[name]))
+        for average, own in self.ema.averages.items():
+            yield ema_group("student", average), self.student.parts(own)
         if isinstance(self.recipe, Stateful):
-            yield RECIPE_GROUP, self.recipe.state()
+            yield RECIPE_GROUP, share(self.recipe.state())
 
     @property
     def moments(self) -> int | None:
@@ -210,9 +202,11 @@ class Roles:
 
     def _load_optimizers(self, found: Checkpoint) -> None:
         for name, trainable in self.trainables.items():
-            trainable.load_state(found.tensors(optimizer_group(name)))
-        for half_life in self.ema.averages:
-            self.ema.load(half_life, self.student.scatter(found.tensors(ema_group("student", half_life))))
+            with found.group(optimizer_group(name)) as group:
+                trainable.load_state(group)
+        for average in self.ema.averages:
+            with found.group(ema_group("student", average)) as group:
+                self.ema.load(average, self.student.read(group))
         if isinstance(self.recipe, Stateful):
             saved, state = found.tensors(RECIPE_GROUP), self.recipe.state()
             if saved.keys() != state.keys():

@@ -1,7 +1,7 @@
 """Saves checkpoints while training continues: training waits only until its tensors are copied; a thread writes them.
 
-The memory of the copy is reused by the next save. So rank 0 needs memory for one whole checkpoint on its host
-(`Roles.checkpoint_bytes`), from the first save to the end of training.
+Each rank copies and writes its own parts. The memory of the copy is reused by the next save, so all ranks together need
+memory for one whole checkpoint (`Roles.checkpoint_bytes`), from the first save to the end of training.
 """
 
 import json
@@ -11,7 +11,8 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Thread
+from itertools import count
+from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
@@ -21,9 +22,12 @@ from torch import Tensor
 
 from distill.core import space
 from distill.core.errors import PeerLost, RunError
-from distill.training.checkpoint import Checkpoints
-from distill.training.checkpoint_files import TensorGroup
-from distill.training.world import ALONE, World
+from distill.training.checkpoint import Checkpoints, WrittenGroup
+from distill.training.meeting import Meeting
+from distill.training.parts import TensorGroup
+from distill.training.world import ALONE, POLL, World
+
+PEERS = 5.0  # seconds for which a rank that ends waits for the others to write their parts
 
 
 class Image:
@@ -74,8 +78,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
         found = torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise RunError(
-            "not enough memory on the host of rank 0 for a copy of the checkpoint, which is written while training "
-            f"continues: {space.human(size)} more needed"
+            "not enough memory on this host for a copy of a rank's part of the checkpoint, which is written while "
+            f"training continues: {space.human(size)} more needed"
         ) from error
     if pinned:
         runtime = torch.cuda.cudart()
@@ -101,7 +105,7 @@ class Saved:
 
 @dataclass
 class _Writing:
-    """A save in progress. It has a thread only on rank 0."""
+    """A save in progress."""
 
     step: int
     images: int
@@ -110,6 +114,10 @@ class _Writing:
     thread: Thread | None = None
     ended: float = 0.0
     error: RunError | None = None
+
+    @property
+    def is_going_on(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
 
 
 class Saver:
@@ -126,13 +134,19 @@ class Saver:
         self.checkpoints, self.world, self._note = checkpoints, world, note
         self.images: dict[str, Image] = {}  # of the last save, by group; reused by the next
         self._writing: _Writing | None = None
+        self._saves = count()
+        self._given_up = Event()  # the other ranks are not waited for any more
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is not None and not issubclass(kind, KeyboardInterrupt):
-            self._warn_of(self._outcome())
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            return
+        if issubclass(kind, PeerLost) and self._writing is not None and self._writing.thread is not None:
+            self._writing.thread.join(PEERS)
+        self._given_up.set()
+        self._warn_of(self._outcome())
 
     def save(self, step: int, images: int, groups: Iterable[TensorGroup]) -> None:
         """Copy the tensors of `groups`, and write them while the caller continues. Every rank must call it.
@@ -143,17 +157,13 @@ class Saver:
         self.finish()
         self.checkpoints.began(images)
         with self.world.contact(f"after step {step}, gathering for a checkpoint"):
-            if self.world.first:
-                self._copy(groups)
-            else:
-                for _ in groups:  # takes part in gathering the tensors
-                    pass
-        if self.world.first:
-            # A daemon thread, so that a process that must end at once does not wait for the disk.
-            writing.thread = Thread(target=self._write, args=(writing,), name="saving", daemon=True)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # leaves them to the main thread
-            writing.thread.start()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            files = self._copy(groups)
+        meeting = Meeting(self.world, next(self._saves), self._given_up)
+        # A daemon thread, so that a process that must end at once does not wait for the disk.
+        writing.thread = Thread(target=self._write, args=(writing, files, meeting), name="saving", daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # leaves them to the main thread
+        writing.thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         writing.standstill = time.monotonic() - writing.due
         self._writing = writing
 
@@ -161,14 +171,12 @@ class Saver:
     def has_failed(self) -> bool:
         """Whether a save of this rank has failed, as `look` will say."""
         writing = self._writing
-        return (
-            writing is not None and writing.thread is not None and not writing.thread.is_alive() and bool(writing.error)
-        )
+        return writing is not None and writing.thread is not None and not writing.is_going_on and bool(writing.error)
 
     def look(self) -> None:
         """Note a save that was completed since the last call. Does not wait. RunError if the save has failed."""
         writing = self._writing
-        if writing is None or writing.thread is None or writing.thread.is_alive():
+        if writing is None or writing.is_going_on:
             return
         if (error := self._outcome()) is not None:
             raise error
@@ -188,23 +196,27 @@ class Saver:
 
     def _settled(self) -> RunError | PeerLost | None:
         """Wait for the save in progress. Returns its error, or None on all ranks if it is complete."""
-        error: RunError | PeerLost | None = self.world.alone("waiting for the last save", self._outcome)
+        writing = self._writing
+        # Not only this rank's thread is waited for: a rank that has ended is noticed in `meet`.
+        while self.world.meet("waiting for the last save", writing is not None and writing.is_going_on)[0]:
+            time.sleep(POLL)
+        error: RunError | PeerLost | None = self._outcome()
         [failed] = self.world.meet("after the last save", error is not None)
-        if failed and not self.world.first:
-            error = PeerLost(f"rank {self.world.rank}: rank 0 could not save")
-        if self._writing is not None and not failed:
-            self.checkpoints.appeared(self._writing.step)
+        if failed and error is None:
+            error = PeerLost(f"rank {self.world.rank}: another rank could not save")
+        if writing is not None and not failed:
+            self.checkpoints.appeared(writing.step)
         self._writing = None
         return error
 
     def _outcome(self) -> RunError | None:
-        """Wait for the writing thread of this rank, if any. Returns the error of the save, or None."""
+        """Wait for the writing thread of this rank, if any. Returns the error of the save, once, or None."""
         writing = self._writing
         if writing is None or writing.thread is None:
             return None
         writing.thread.join()
-        self._writing = None
-        if writing.error is None:
+        writing.thread = None
+        if writing.error is None and self.world.first:
             seconds = (writing.ended - writing.due, writing.standstill)
             self._note(Saved(writing.step, writing.images, *(round(each, 3) for each in seconds)))
         return writing.error
@@ -213,30 +225,38 @@ class Saver:
         if isinstance(error, RunError):
             self.checkpoints.warn(str(error))
 
-    def _copy(self, groups: Iterable[TensorGroup]) -> None:
-        """Copy one group at a time: a group may have been gathered from all ranks just for this."""
+    def _copy(self, groups: Iterable[TensorGroup]) -> list[WrittenGroup]:
+        """Copy one group at a time: tensors may have been gathered from all ranks just for this."""
         kept, self.images, devices = self.images, {}, set[torch.device]()
-        for group, tensors in groups:
+        files: list[WrittenGroup] = []
+        for group, parts in groups:
+            tensors = parts.tensors
             image = kept.pop(group, None)
             if image is None or not image.fits(tensors):
                 image = None  # free its memory first
                 image = Image(tensors)
             image.fill(tensors)
             self.images[group] = image
+            files.append((group, image.content, parts.pieces))
             devices |= {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-            del tensors  # before the next ones are gathered
+            del tensors, parts  # before the next ones are gathered
         for device in devices:
             torch.cuda.synchronize(device)
+        return files
 
-    def _write(self, writing: _Writing) -> None:
+    def _write(self, writing: _Writing, files: list[WrittenGroup], meeting: Meeting) -> None:
         writing.error = RunError(
             f"cannot save step {writing.step}: the thread that writes it failed; see the traceback above"
         )
         try:
-            self.checkpoints.write(
-                writing.step, writing.images, [(group, image.content) for group, image in self.images.items()]
-            )
+            if self.world.first:
+                self.checkpoints.write(writing.step, writing.images, files, meeting)
+            else:
+                self.checkpoints.write_part(files, meeting)
             writing.error = None
         except RunError as error:
             writing.error = error
+        finally:
+            if self.world.first and writing.error is not None:
+                meeting.announce(None)  # if there is no folder yet, the others need not wait for it
         writing.ended = time.monotonic()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from distill.flow.draws import Rows
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
+from distill.training.checkpoint_files import GroupReader
+from distill.training.parts import Parts
 from distill.training.world import World
 
 Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
@@ -23,8 +25,8 @@ Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
 class Trainable(Protocol):
     """A network with its own optimizer. Parameters that have requires_grad=False at the start are not trained.
 
-    All ranks must call these methods together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`, `gather`,
-    `weights`, `unmoved`, `state`.
+    All ranks must call these methods together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`,
+    `parts`.
     """
 
     @property
@@ -58,25 +60,22 @@ class Trainable(Protocol):
     def masters(self) -> dict[str, Tensor]:
         """The trained fp32 weights by name, or this rank's parts of them."""
 
-    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by name, from tensors divided in the same way as `masters`; at least on rank 0."""
-
-    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `gather`: this rank's parts of whole tensors."""
+    def read(self, group: GroupReader) -> dict[str, Tensor]:
+        """Tensors of a checkpoint, divided in the same way as `masters`."""
 
     def whole(self) -> AbstractContextManager[None]:
         """A context in which the module's parameters are whole on every rank."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """The whole state dict; at least on rank 0."""
+    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+        """This rank's part of a state dict whose trained weights are `own`, divided in the same way as `masters`.
 
-    def unmoved(self) -> dict[str, Tensor]:
-        """The part of the state dict that is not trained, buffers and frozen parameters; whole on every rank."""
+        All other tensors of the state dict, buffers and frozen parameters, are those of the network.
+        """
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizer's state, whole, as "PARAMETER/MOMENT"; at least on rank 0. Empty before the first step."""
+    def state(self) -> Parts:
+        """This rank's part of the optimizer's state, as "PARAMETER/MOMENT". Empty before the first step."""
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
+    def load_state(self, group: GroupReader) -> None:
         """Load what `state` returned. RunError if it has a parameter that the network does not have."""
 
     def live(self) -> dict[str, list[Tensor]]:

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from distill.core.atomic import new_folder
@@ -27,6 +26,7 @@ from distill.training.checkpoint_files import (
     clear,
     complete,
     ema_group,
+    group_of,
     remove,
     step_of,
     store,
@@ -57,7 +57,8 @@ class Snapshots:
         path = self.folder / checkpoint.name
         if not self.due(meta.images) or path.is_dir():
             return
-        names = [f"{ema_group('student', length)}.safetensors" for length in self.lengths]
+        groups = {ema_group("student", length) for length in self.lengths}
+        names = [name for name in meta.files if group_of(name) in groups]
         with new_folder(path) as new:
             for name in names:
                 _link(checkpoint / name, new / name)
@@ -97,12 +98,9 @@ def synthesize(folder: Path, kept: Sequence[float], length: float, names: set[st
     shares = mixture([(each.meta.images, width) for each, width in parts], images, length)
     whole = found[-1].tensors(ema_group("student", kept[-1]))
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(each.path / f"{ema_group('student', width)}.safetensors", "pt"))
-            for each, width in parts
-        ]
+        readers = [stack.enter_context(each.group(ema_group("student", width))) for each, width in parts]
         for name in names:
-            tensors = (file.get_tensor(name).double() for file in files)
+            tensors = (reader.whole(name).double() for reader in readers)
             total = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))
             assert isinstance(total, Tensor)
             whole[name] = total.to(whole[name].dtype)
@@ -111,7 +109,7 @@ def synthesize(folder: Path, kept: Sequence[float], length: float, names: set[st
 
 def _read(path: Path) -> Checkpoint:
     try:
-        return Checkpoint(path, verified(path))
+        return verified(path)
     except Damaged as reason:
         raise InputError(
             f"snapshot {path} is damaged ({reason}), and averages of other lengths need all of them; restore it from a "

@@ -76,7 +76,12 @@ class World:
     store: distributed.Store | None = None
     timeout: timedelta = timedelta(minutes=10)
     """of a collective"""
-    works: Iterator[int] = field(default_factory=count)  # numbers the calls of `alone`, equally on all ranks
+    works: Iterator[int] = field(default_factory=count)  # numbers the calls of `alone` and `tell`, equally on all ranks
+
+    @property
+    def local(self) -> int:
+        """The number of ranks on this host, as launchers say it; all of them if they do not."""
+        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
 
     @property
     def first(self) -> bool:
@@ -150,6 +155,22 @@ class World:
                 time.sleep(POLL)
         self.meet(f"after {what}")
         return None
+
+    def tell(self, what: str, text: str) -> list[str]:
+        """The texts that all ranks give, in the order of the ranks. Waits as long as for `alone`. All must call it."""
+        if self.size == 1:
+            return [text]
+        assert self.store is not None
+        name = f"{what}, {next(self.works)}"
+        keys = [f"{name}, rank {rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], text.encode())
+        deadline = time.monotonic() + PATIENCE * self.timeout.total_seconds()
+        with self.contact(f"waiting for the other ranks: {what}", watched=False):
+            while not self.store.check(keys):
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"rank {self.rank} has waited too long for the other ranks: {what}")
+                time.sleep(POLL)
+            return [each.decode() for each in self.store.multi_get(keys)]
 
     def wait(self, what: str, look: Callable[[], None]) -> None:
         """Wait until all ranks have called this, however long their own work before takes. All ranks must call it.

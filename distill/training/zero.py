@@ -21,7 +21,8 @@ from distill.flow.draws import Rows
 from distill.networks.sharing import has_base, is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
-from distill.training.averaging import buckets
+from distill.training.checkpoint_files import GroupReader, PieceMeta
+from distill.training.parts import Parts, share_of
 from distill.training.plain import PLAIN, PlainTrainable
 from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
@@ -132,26 +133,8 @@ class ZeroTrainable(PlainTrainable):
         """This rank's parts of the fp32 weights, as flat tensors by name."""
         return {key: part.of(self._flats) for key, part in self._parts.items()}
 
-    @torch.no_grad()
-    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, made from the parts of all ranks, on rank 0; an empty dict on the others."""
-        whole: dict[str, Tensor] = {}
-        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}, BUCKET):
-            sizes = [self.shapes[key].numel() for key in keys]
-            full = torch.zeros(sum(sizes), device=self.engine.device)
-            for key, target in zip(keys, full.split(sizes), strict=True):
-                if key in parts:
-                    part = self._parts[key]
-                    target[part.start : part.start + part.numel] = parts[key]
-            if self.stage > 0 and self.world.size > 1:
-                distributed.reduce(full, 0)
-            if self.world.first:
-                for key, found in zip(keys, full.cpu().split(sizes), strict=True):
-                    whole[key] = found.view(self.shapes[key])
-        return whole
-
-    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: whole[key].reshape(-1)[part.start : part.start + part.numel] for key, part in self._parts.items()}
+    def read(self, group: GroupReader) -> dict[str, Tensor]:
+        return {key: group.part(key, part.start, part.numel) for key, part in self._parts.items()}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -175,45 +158,64 @@ class ZeroTrainable(PlainTrainable):
         found += [flat.grad for flat in self._flats if flat.grad is not None]
         return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
 
-    def unmoved(self) -> dict[str, Tensor]:
+    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+        return self._unmoved() | self._divided("", own)
+
+    def _unmoved(self) -> Parts:
+        """This rank's share of what is not trained. In stage 3, each rank takes whole tensors, which all gather."""
+        own = {key: tensor for key, tensor in own_state(self.module).items() if key not in self.shapes}
+        if self.stage < 3:
+            return share_of(own, self.world.rank, self.world.size)
         parameters, found = dict(self.module.named_parameters(remove_duplicate=False)), {}
-        for key, tensor in own_state(self.module).items():
-            if key not in self.shapes:
-                frozen = [parameters[key]] if key in parameters else []  # one by one: all may not fit on a device
-                with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
+        for number, (key, tensor) in enumerate(own.items()):
+            frozen = [parameters[key]] if key in parameters else []  # one by one: all may not fit on a device
+            with _deepspeed().zero.GatheredParameters(frozen):
+                if number % self.world.size == self.world.rank:
                     found[key] = (*frozen, tensor)[0].detach().cpu().clone()
-        return found
+        return Parts(found)
 
-    def weights(self) -> dict[str, Tensor]:
-        return {**self.unmoved(), **self.gather(self.masters())}
+    def _divided(self, moment: str, own: Mapping[str, Tensor]) -> Parts:
+        """This rank's parts of tensors that are divided like `masters`. moment: what to add to their names."""
+        if self.stage == 0:
+            whole = {key + moment: tensor.view(self.shapes[key]) for key, tensor in own.items()}
+            return share_of(whole, self.world.rank, self.world.size)
+        tensors: dict[str, Tensor] = {}
+        pieces: dict[str, PieceMeta] = {}
+        for key, tensor in own.items():
+            shape = self.shapes[key]
+            if tensor.numel() == shape.numel():
+                tensors[key + moment] = tensor.view(shape)
+            else:
+                tensors[key + moment] = tensor
+                pieces[key + moment] = PieceMeta(start=self._parts[key].start, shape=list(shape))
+        return Parts(tensors, pieces)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Parts:
         moments = [self._moments(flat) for flat in self._keys()]
         if not all(moments):
-            return {}  # before the first step
-        out: dict[str, Tensor] = {}
+            return Parts()  # before the first step
+        found = Parts()
         for name in MOMENTS:
             flats = [moment[name] for moment in moments]
-            whole = self.gather({key: part.of(flats) for key, part in self._parts.items()})
-            out.update({f"{key}/{name}": tensor for key, tensor in whole.items()})
+            found |= self._divided(f"/{name}", {key: part.of(flats) for key, part in self._parts.items()})
         if self.world.first:
-            out.update({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
-        return out
+            found |= Parts({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
+        return found
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self._refuse_unknown(tensors)
-        if not tensors:
+    def load_state(self, group: GroupReader) -> None:
+        self._refuse_unknown(group.shapes)
+        if not group.shapes:
             return
         self._reach.close()
-        steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])
+        steps = torch.stack([group.whole(name) for name in group.shapes if name.endswith("/step")])
         for flat in self._keys():
             zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
             self._moments(flat).update(step=steps.max().to(flat.device, copy=True), **zeros)
         for name in MOMENTS:
             flats = [self._moments(flat)[name] for flat in self._keys()]
             for key, part in self._parts.items():
-                if (moment := tensors.get(f"{key}/{name}")) is not None:
-                    part.of(flats).copy_(moment.reshape(-1)[part.start : part.start + part.numel])
+                if (full := f"{key}/{name}") in group.shapes:
+                    part.of(flats).copy_(group.part(full, part.start, part.numel))
 
     def close(self) -> None:
         self.engine.destroy()

@@ -83,7 +83,7 @@ def rank(out, rounds, save, *cases):
 
 def copying(groups):
     """Least seconds of copying these tensors into memory that is kept."""
-    pairs = [(torch.empty_like(t, device="cpu"), t) for _, tensors in groups for t in tensors.values()]
+    pairs = [(torch.empty_like(t, device="cpu"), t) for _, parts in groups for t in parts.tensors.values()]
     taken = []
     for _ in range(6):
         began = time.perf_counter()

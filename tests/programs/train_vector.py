@@ -148,6 +148,12 @@ class Alternating(FlowMatching):
         return Loss(gap.square().mean() + (generated - ctx.carry["generated"]).square().mean())
 
 
+def averages(roles):
+    """The student's state dicts with averaged weights, by half-life or length. Buffers are not averaged."""
+    state = roles.networks["student"].state_dict()
+    return {which: {**state, **own} for which, own in roles.ema.averages.items()}
+
+
 def stage(**changes):
     """A stage of 8 steps of 16 images that saves at every step."""
     content = {
