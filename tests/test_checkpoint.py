@@ -315,7 +315,7 @@ def test_memory_for_the_copy_of_a_checkpoint_is_looked_for_before_training(tmp_p
     monkeypatch.setattr("distill.core.space.memory", lambda: 1000)
     train(tmp_path / "short")
     assert re.search(
-        r"warning: saving keeps a copy of the checkpoint, about \d+\.\d [kM]B, in the memory of rank 0's host, but "
+        r"warning: saving keeps a copy of the checkpoint, about \d+\.\d [kM]B, in the memory of this host, but "
         r"only 1.0 kB is free there",
         capsys.readouterr().err,
     )
