@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
@@ -134,7 +133,6 @@ class Saver:
         self.checkpoints, self.world, self._note = checkpoints, world, note
         self.images: dict[str, Image] = {}  # of the last save, by group; reused by the next
         self._writing: _Writing | None = None
-        self._saves = count()
         self._given_up = Event()  # the other ranks are not waited for any more
 
     def __enter__(self) -> Self:
@@ -143,9 +141,10 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None or issubclass(kind, KeyboardInterrupt):
             return
-        if issubclass(kind, PeerLost) and self._writing is not None and self._writing.thread is not None:
-            self._writing.thread.join(PEERS)
-        self._given_up.set()
+        if issubclass(kind, PeerLost):
+            if self._writing is not None and self._writing.thread is not None:
+                self._writing.thread.join(PEERS)
+            self._given_up.set()
         self._warn_of(self._outcome())
 
     def save(self, step: int, images: int, groups: Iterable[TensorGroup]) -> None:
@@ -158,7 +157,7 @@ class Saver:
         self.checkpoints.began(images)
         with self.world.contact(f"after step {step}, gathering for a checkpoint"):
             files = self._copy(groups)
-        meeting = Meeting(self.world, next(self._saves), self._given_up)
+        meeting = Meeting(self.world, next(self.world.works), self._given_up)
         # A daemon thread, so that a process that must end at once does not wait for the disk.
         writing.thread = Thread(target=self._write, args=(writing, files, meeting), name="saving", daemon=True)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # leaves them to the main thread
@@ -184,7 +183,8 @@ class Saver:
     def finish(self) -> None:
         """Wait for the save in progress. Every rank must call it.
 
-        If the save has failed, this raises RunError on rank 0, and PeerLost on the others.
+        If the save has failed, this raises RunError on rank 0 and on the rank that could not write its part, and
+        PeerLost on the others.
         """
         if (error := self._settled()) is not None:
             raise error

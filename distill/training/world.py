@@ -76,7 +76,7 @@ class World:
     store: distributed.Store | None = None
     timeout: timedelta = timedelta(minutes=10)
     """of a collective"""
-    works: Iterator[int] = field(default_factory=count)  # numbers the calls of `alone` and `tell`, equally on all ranks
+    works: Iterator[int] = field(default_factory=count)  # numbers what all ranks do together, equally on all
 
     @property
     def local(self) -> int:
