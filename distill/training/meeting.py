@@ -21,7 +21,7 @@ class MissingPartError(RunError):
 class Meeting:
     """The meeting for one checkpoint. Rank 0 makes its folder; the others write their files there and report them.
 
-    number: one that all ranks use for this checkpoint alone. given_up: set when the process ends and no longer waits for others.
+    number: one that all ranks use for this checkpoint alone. given_up: set when the process ends and waits no longer.
     """
 
     def __init__(self, world: World, number: int, given_up: Event) -> None:
