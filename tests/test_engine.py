@@ -16,6 +16,7 @@ from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint, checkpoint_files
+from distill.training.blocks import EAGER, Blocks
 from distill.training.optimizers import learning_rate
 from distill.training.plain import PLAIN, Plain, PlainTrainable
 from distill.training.roles import Roles
@@ -514,7 +515,7 @@ def test_what_a_recipe_remembers_is_resumed(tmp_path):
 
 def test_activations_are_computed_again_where_there_are_blocks(tmp_path):
     with pytest.raises(InputError, match=r"launch\.activation_checkpointing: no network that recipe 'reflow/reflow'"):
-        train(tmp_path, recompute=True)
+        train(tmp_path, blocks=Blocks(recompute=True))
 
 
 def test_progress_says_losses_and_rate(tmp_path, capsys):
@@ -723,6 +724,6 @@ def test_spare_networks_are_moved_to_the_cpu_and_the_teacher_to_the_device(monke
     monkeypatch.setattr(nn.Module, "to", record)
     Roles(
         FlowMatching(), NoInit(), stage(), torch.device("cpu"), ALONE, ALONE.rows(16, 16),
-        seed=0, found=None, sharding=PLAIN, teacher=teacher, recompute=False, spare=[spare],
+        seed=0, found=None, sharding=PLAIN, teacher=teacher, blocks=EAGER, spare=[spare],
     )  # fmt: skip
     assert moves == [("spare", "cpu"), ("teacher", "cpu")]
