@@ -1,9 +1,9 @@
-"""Draws the picture of the emoji students in recipes/README.md: twelve prompts, from the drawings to students at 1 step.
+"""Draws the picture of the emoji students in recipes/README.md: what they and their teacher make of twelve prompts.
 
 python -m tests.programs.emoji_picture RUN IMAGES OUT.png
 
-RUN is a run of the preset emoji-students, IMAGES the folder of drawings that its teacher was trained on. Each student is
-exported as a complete pipeline and prompted in stock diffusers, from the same noise for each prompt, in the order of
+RUN is a run of the preset emoji-students, IMAGES the folder of drawings that its teacher was trained on. Each student
+is exported as a complete pipeline and prompted in stock diffusers, from the same noise for each prompt, in the order of
 `PICTURED`, which was fixed before the training. Nothing is selected or edited.
 """
 
