@@ -22,7 +22,7 @@ from distill.protocols import Draw, Init, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage, stage_content
-from distill.training import optimizers, turn_logs
+from distill.training import turn_logs
 from distill.training.blocks import EAGER, Blocks
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
@@ -122,9 +122,9 @@ def train(
         world.alone("checking free space", partial(checkpoints.require_room, roles.checkpoint_bytes()))
         if world.first:
             checkpoints.warn_of_memory(roles.checkpoint_bytes())
-    for name, trainable in roles.trainables.items():
-        if world.first and (text := optimizers.describe(stage.optimizer, name, trainable.module)) is not None:
-            progress.note(text)
+    for note in (trainable.optimizers.note for trainable in roles.trainables.values()):
+        if world.first and note is not None:
+            progress.note(note)
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
     if found is not None and run is not None:
         append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
@@ -245,7 +245,7 @@ def step_once(
             turns.append(TurnLogs.of(turn.network, place, losses, norm, world))
             if probe is not None:
                 probe(roles)
-            trainable.step(optimizers.learning_rate(stage.optimizer, images + stage.batch_size / 2, stage.images), norm)
+            trainable.step(stage.optimizer.learning_rate(images + stage.batch_size / 2, stage.images), norm)
             roles.moved(turn.network)
     if not turns:
         raise InputError(

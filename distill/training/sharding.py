@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.flow.draws import Rows
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
+from distill.training.optimizers import Optimizers
 from distill.training.world import World
 
 Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
@@ -36,7 +37,7 @@ class Trainable(Protocol):
     @property
     def still(self) -> Sequence[int]: ...  # elements of each parameter that is not trained
     @property
-    def moments(self) -> int | None: ...  # bytes of the whole state of an optimizer other than AdamW
+    def optimizers(self) -> Optimizers: ...
     @property
     def waiting(self) -> set[str]: ...  # names of parameters that need no gradient in the first turns
 
