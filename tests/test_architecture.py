@@ -14,7 +14,7 @@ SHARED = sorted(p for p in (ROOT / "recipes").rglob("_*.py") if p.name != "__ini
 PYTHON = MODULES + RECIPES + SHARED
 
 # The packages from the ground up: each imports from itself and those before it. Above CONTROL they need torch.
-CONTROL = ["core", "solvers", "spec", "runs", "exchange", "reports", "plans", "launch"]
+CONTROL = ["core", "solvers", "trackers", "spec", "runs", "exchange", "reports", "plans", "launch"]
 COMPUTE = [
     "flow",
     "shards",

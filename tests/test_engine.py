@@ -18,7 +18,6 @@ from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint, checkpoint_files
 from distill.training.blocks import EAGER, Blocks
-from distill.training.optimizers import learning_rate
 from distill.training.plain import PLAIN, Plain, PlainTrainable
 from distill.training.roles import Roles
 from distill.training.sharding import Sharding, Trainable
@@ -110,7 +109,7 @@ def test_micro_batches_see_slices_of_the_same_draws(tmp_path):
 )
 def test_learning_rates(decay, expected):
     spec = OptimizerSpec(lr=2.0, warmup_images=200, decay=decay)
-    rates = [learning_rate(spec, float(images), 1000) for images in (0, 100, 200, 400, 600, 1000)]
+    rates = [spec.learning_rate(float(images), 1000) for images in (0, 100, 200, 400, 600, 1000)]
     assert rates == pytest.approx([2 * e for e in expected], abs=1e-12)
 
 

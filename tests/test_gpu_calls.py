@@ -117,7 +117,7 @@ def test_adamw_is_fused_on_a_gpu():
     with FakeTensorMode():
         layer = nn.Linear(2, 2, device=CUDA)
         trainable = PlainTrainable("student", Trained(layer), OptimizerSpec())
-    assert trainable._optimizers[0].defaults["fused"] is True and layer.weight.device.type == "cuda"
+    assert trainable.optimizers.each[0].defaults["fused"] is True and layer.weight.device.type == "cuda"
 
 
 def test_logs_are_copied_to_pinned_memory_without_waiting(monkeypatch):

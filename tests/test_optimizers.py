@@ -85,8 +85,8 @@ def test_muon_leaves_what_is_no_matrix_to_adamw(tmp_path):
     assert same == {"linear.bias", "conv.weight", "table.weight"}
     kept = {name.rpartition("/")[2] for name in trainable.state().tensors if name.startswith("linear.weight/")}
     assert kept == {"momentum_buffer"}
-    text = optimizers.describe(OptimizerSpec(name="muon"), "student", ours)
-    assert text.startswith("student: muon trains 1 of 4 parameters, 23% of the elements; adamw trains those that are")
+    said = "student: muon trains 1 of 4 parameters, 23% of the elements; adamw trains those that are"
+    assert trainable.optimizers.note.startswith(said)
 
 
 def test_muon_says_what_it_trains_in_the_log(tmp_path):
@@ -149,12 +149,12 @@ def test_the_bytes_of_the_state_are_known_before_the_first_step(name, make):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError) as error:
-        optimizers.require(OptimizerSpec(name="adamw_8bit"))
+        optimizers.state_bytes(OptimizerSpec(name="adamw_8bit"), nn.Linear(1, 1))
     assert str(error.value) == (
         "optimizer.name: adamw_8bit needs the package bitsandbytes, which is not installed; "
         "pip install 'distill[adamw-8bit]', or use adamw"
     )
-    optimizers.require(OptimizerSpec())
+    assert optimizers.state_bytes(OptimizerSpec(), nn.Linear(1, 1)) is None
 
 
 def test_the_default_has_the_digest_of_earlier_versions():

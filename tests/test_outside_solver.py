@@ -37,13 +37,13 @@ OURS, ODE_SOLVERS = solver_names(), kinds.ode_solvers()
 PARTS = (HERE / "outside" / "outside_midpoint.py").read_text()
 
 
-def install(site: Path, package: str, **solvers: str) -> None:
-    """What pip leaves of a package with these solvers, name=module."""
+def install(site: Path, package: str, group: str = "distill.solvers", **plugins: str) -> None:
+    """What pip leaves of a package with these plug-ins, name=module."""
     info = site / f"{package}-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
-    points = [f"{name} = {module}" for name, module in solvers.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[distill.solvers]", *points, ""]))
+    points = [f"{name} = {module}" for name, module in plugins.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *points, ""]))
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from distill.cli import (
     stage,
     students,
     tools,
+    track,
     work,
 )
 from distill.core import printing
@@ -94,6 +95,7 @@ app.command(rich_help_panel=LOOK)(follow.status)
 app.command(rich_help_panel=LOOK)(follow.logs)
 app.command(rich_help_panel=LOOK)(runs.show)
 app.command(rich_help_panel=LOOK)(tools.report)
+app.command(rich_help_panel=LOOK)(track.track)
 app.command(rich_help_panel=LOOK)(inspect.inspect)
 app.command(rich_help_panel=LOOK)(inspect.teachers)
 app.command(rich_help_panel=LOOK)(doctor.doctor)

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from distill.core.printing import say, warn
 from distill.core.records import read_json
 from distill.core.space import human
 from distill.runs.run_store import RunPaths
+from distill.trackers import find_tracker
 
 if TYPE_CHECKING:
     import distill.core.stop
@@ -83,16 +84,28 @@ def run(
         int | None,
         typer.Option("--procs", min=1, max=4096, help="Number of processes to train with; sets launch.procs."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            metavar="TRACKER",
+            help="Also show the run in tensorboard, wandb or an installed tracker while it runs (see `distill track`); "
+            "may be given several times.",
+        ),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Run a spec: train, generate pairs, export, evaluate. Completed stages are never repeated."""
     folder = store_path(store)
     changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
+    trackers = list(dict.fromkeys(track or []))
+    for each in trackers:  # a name that is wrong is refused before the run is created
+        find_tracker(each)
     if resume:
-        execute(*start.resume(*start.find_again(folder, spec, changes, name)))
+        execute(*start.resume(*start.find_again(folder, spec, changes, name)), trackers=trackers)
     else:
         source = start.find(spec, changes, name)
-        execute(start.begin(folder, source), source.spec, fresh=True)
+        execute(start.begin(folder, source), source.spec, fresh=True, trackers=trackers)
 
 
 def plan(
@@ -203,12 +216,15 @@ def _use_caches(run: RunPaths, source: "distill.spec.specfile.SpecSource", store
     write_json(run.stage(made.name).done, cached.as_json([made.finished(each) for each in made.planned]))
 
 
-def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:
+def execute(
+    paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False, trackers: Sequence[str] = ()
+) -> None:
     """Run the unfinished stages of a run, and print the results. Raises typer.Exit if a process fails.
 
     fresh: the run has just been created. It is deleted if its process refuses the input before any work.
+    trackers: follow the run meanwhile.
     """
-    from distill.launch import local
+    from distill.launch import beside, local
     from distill.runs import todo
 
     pending = todo.pending(paths, spec)
@@ -217,7 +233,8 @@ def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool 
         paths.stage(name).done.unlink()
     if pending:
         say(f"run '{paths.name}' in {near(paths.root)}: {', '.join(pending)}", flush=True)
-        code = local.run_stages(paths, pending)
+        with beside.tracked(paths, trackers):
+            code = local.run_stages(paths, pending)
         if code == EXIT_INPUT and fresh and not any(path.is_file() for path in paths.root.glob("stages/**/*")):
             shutil.rmtree(paths.root)
         if code:

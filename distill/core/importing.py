@@ -8,6 +8,8 @@ from types import TracebackType
 from distill.core.errors import InputError
 from distill.core.text import one_line
 
+TRAIN = "distill's own recipes need: pip install 'distill[train]'"
+
 
 @dataclass(frozen=True)
 class Importing:
@@ -17,6 +19,8 @@ class Importing:
     """begins the message, like: recipe 'reflow/reflow'"""
     path: Path
     """file of the module"""
+    extra: str = TRAIN
+    """how to install a package that is missing"""
 
     def __enter__(self) -> None: ...
 
@@ -33,7 +37,7 @@ class Importing:
 
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name:
-            return f"needs the package {error.name}; distill's own recipes need: pip install 'distill[train]'"
+            return f"needs the package {error.name}; {self.extra}"
         if isinstance(error, SystemExit):
             return f"exits the program when it is imported: it calls sys.exit({error.code}); remove this call"
         if isinstance(error, SyntaxError):

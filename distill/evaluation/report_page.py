@@ -14,7 +14,7 @@ from distill.core.text import printable
 from distill.evaluation import charts
 from distill.evaluation.charts import Curve
 from distill.evaluation.curves import Thinned
-from distill.reports import comparison_table, rounds_table
+from distill.reports import comparison_table, rounds_table, run_status
 from distill.reports.rounds_table import Round
 from distill.runs import machine
 from distill.runs.results import (
@@ -332,10 +332,9 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, TrainingCurve], li
 
 
 def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, has_results: bool) -> StageRow:
-    if run.stage(name).done.exists() or has_results:
-        state = "done"
-    else:
-        state = "begun" if training is not None else "waiting"
+    state = "done" if has_results else run_status.stage_state(run, name)
+    if state == "waiting" and training is not None:
+        state = "begun"
     amount = f"{training.done:,} of {training.total:,} {training.unit}" if training else ""
     return StageRow(name, kind, state, amount)
 

@@ -1,6 +1,5 @@
 """The device that a process computes on."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ def set_numerics(numerics: Numerics) -> None:
     """
     fast = numerics == "fast"
     if not fast:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that cuBLAS documents as exact
+        environment.make_cublas_exact()
     torch.use_deterministic_algorithms(not fast)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a check for errors, which takes time
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast

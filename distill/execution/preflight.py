@@ -252,7 +252,6 @@ def _build(
     earlier: Mapping[str, Built],
 ) -> tuple[Recipe, Built]:
     """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
-    optimizers.require(stage.optimizer)
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     copied = stage.init is None and stage.network is None
     teacher = teacher if copied or "teacher" in recipe.needs else None

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -115,3 +116,18 @@ def python_path() -> dict[str, str]:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def make_cublas_exact() -> None:
+    """Let cuBLAS use a workspace with which its results do not vary. Call it before the first use of a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one of the two that NVIDIA documents for this
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, as torch.compile looks for it."""
+    return bool(os.environ.get("CXX")) or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def local_ranks(size: int) -> int:
+    """The number of the `size` ranks that are on this host, as launchers say it; all of them if they do not."""
+    return min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))

@@ -103,7 +103,7 @@ class _Seen:
 def _read(run: RunPaths, *, brief: bool) -> RunStatus:
     files, first = event_files(run), first_event(run)
     kinds: dict[str, str] = first.get("stages", {}) if first.get("event") == "created" else {}
-    states = {name: _state_of(run, name) for name in kinds}
+    states = {name: stage_state(run, name) for name in kinds}
     begun = [name for name, state in states.items() if state == "begun"]
     shown = begun[:1] if brief else list(kinds)  # stages whose progress is read
     wanted = {(kind, name) for kind in (["progress"] if brief else ["progress", "saved"]) for name in shown}
@@ -142,7 +142,8 @@ def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) ->
     return {"failed": ("failed", message), "created": ("new", "")}.get(last, ("stopped", message))
 
 
-def _state_of(run: RunPaths, stage: str) -> str:
+def stage_state(run: RunPaths, stage: str) -> str:
+    """The state of a stage: done, begun or waiting."""
     paths = run.stage(stage)
     return "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting"
 

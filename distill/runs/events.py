@@ -10,6 +10,7 @@ the schema raises InputError.
 
 import heapq
 import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -231,6 +232,25 @@ def read(paths: Sequence[Path], schema: Schema[Any], kinds: Collection[str] = ()
     return heapq.merge(*(_forwards(path, schema, kinds) for path in paths), key=_time)
 
 
+class Unread:
+    """Reads event files of a run as they grow: each `read` returns what was added since the one before.
+
+    A last line without a line break is still being written, or was cut short. It is left for later.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Path, int] = {}
+
+    def read(self, paths: Sequence[Path]) -> Iterator[Event]:
+        """The events that were added to these files, oldest first. All must be taken before the next `read`."""
+        return heapq.merge(*(self._added(path) for path in paths), key=_time)
+
+    def _added(self, path: Path) -> Iterator[Event]:
+        begin = self._places.get(path, 0)
+        self._places[path] = end = _whole(path, begin)
+        yield from _forwards(path, RUN, (), begin, end)
+
+
 def first(path: Path) -> Event:
     """The first event in an event file of a run; {} if there is none."""
     return next(_forwards(path, RUN, ()), {})
@@ -256,9 +276,12 @@ def _time_of_sized(found: tuple[Event, int]) -> float:
     return _time(found[0])
 
 
-def _forwards(path: Path, schema: Schema[Any], kinds: Collection[str]) -> Iterator[Event]:
+def _forwards(
+    path: Path, schema: Schema[Any], kinds: Collection[str], begin: int = 0, end: int = sys.maxsize
+) -> Iterator[Event]:
+    """The events between two offsets of a file."""
     marks = [f'"{kind}"'.encode() for kind in kinds]
-    for line in records.lines(_blocks(path)):
+    for line in records.lines(_blocks(path, begin, end)):
         if marks and not any(mark in line for mark in marks):
             continue
         event = parse(line, schema, path)
@@ -266,10 +289,10 @@ def _forwards(path: Path, schema: Schema[Any], kinds: Collection[str]) -> Iterat
             yield event
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file in blocks, from its beginning."""
-    place, size = 0, BLOCK
-    while block := _block(path, place, size):
+def _blocks(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """The content of a file between two offsets, in blocks."""
+    place, size = begin, BLOCK
+    while block := _block(path, place, min(size, end - place)):
         yield block
         place, size = place + len(block), min(2 * size, LARGEST)
 
@@ -281,6 +304,17 @@ def _block(path: Path, place: int, size: int) -> bytes:
             return file.read(size)
     except FileNotFoundError:
         return b""
+
+
+def _whole(path: Path, begin: int) -> int:
+    """The offset at which the last complete line of a file ends; `begin` if there is none after it."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return begin
+    first = max(begin, size - records.LINE)
+    found = _block(path, first, size - first).rfind(b"\n") if size > first else -1
+    return first + found + 1 if found >= 0 else begin
 
 
 def _tail(path: Path, limit: int) -> Iterator[tuple[Event, int]]:

@@ -154,6 +154,10 @@ class RunPaths:
     def stage(self, name: str) -> StagePaths:
         return StagePaths(self.root / "stages" / self._part(name))
 
+    def tracking(self, tracker: str) -> Path:
+        """Folder of the files of a tracker (see `trackers`)."""
+        return self.root / "tracking" / tracker
+
     def student(self, stage: str) -> Path:
         """Folder of the student that a train stage exports."""
         return self.students / self._part(stage)

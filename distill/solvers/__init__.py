@@ -32,23 +32,16 @@ Files whose name begins with an underscore are not solvers: several solvers shar
 """
 
 import functools
-import importlib.util
-import inspect
-import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from distill.core.errors import InputError
-from distill.core.importing import Importing
-from distill.core.text import suggest
+from distill.core.plugins import Plugins, takes
 
-GROUP = "distill.solvers"
+PLUGINS = Plugins(__name__, "solver")
 PARTS = {
     "look": ("ode", "x", "t"),
     "step": ("ode", "x", "seen", "at"),
@@ -109,8 +102,8 @@ class Solver(BaseModel):
 
 def solver_names() -> list[str]:
     """The names of all available solvers. Does not import them."""
-    files = sorted(_our_names(), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
-    return [*files, *sorted({point.name for point in _entry_points(tuple(sys.path))} - set(files))]
+    ours = sorted(PLUGINS.ours(), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    return [*ours, *PLUGINS.others()]
 
 
 def find_solver(name: str) -> Solver:
@@ -119,68 +112,17 @@ def find_solver(name: str) -> Solver:
 
 
 @functools.cache
-def _our_names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-
-
-@functools.cache
-def _entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
-    """The entry points of our group. path: sys.path, as the key of the cache; a search takes milliseconds."""
-    return list(entry_points(group=GROUP))
-
-
-@functools.cache
 def _read(name: str, path: tuple[str, ...]) -> Solver:
-    points = [point for point in _entry_points(path) if point.name == name]
-    if name in _our_names():
-        if points:
-            raise InputError(
-                f"{_title(points[0])}: distill has a solver with this name; rename yours, or uninstall the package"
-            )
-        return _checked(f"{__name__}.{name}", f"solver '{name}'", "")
-    if not points:
-        raise InputError(f"unknown solver '{name}': {suggest(name, solver_names())}")
-    if len(points) > 1:
-        raise InputError(
-            f"{_title(points[0])}: {_package(points[1])} also has a solver with this name; uninstall one of the two"
-        )
-    return _checked(points[0].module, _title(points[0]), "; fix or uninstall the package")
-
-
-def _checked(module: str, title: str, remedy: str) -> Solver:
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the parent package is missing
-        found = None
-    if found is None or found.origin is None:
-        raise InputError(f"{title}: its module {module} is not installed{remedy}")
-    with Importing(title, Path(found.origin)):
-        parts = vars(importlib.import_module(module))
-    try:
-        solver = Solver.model_validate(parts)
-        said = [f"{name} must take ({', '.join(PARTS[name])})" for name in PARTS if not _fits(solver, name)]
-        if solver.noises is not None and (solver.is_reference or solver.calls_inverting is not None):
-            said.append("a solver with noises must set IS_REFERENCE = False and calls_inverting = None")
-    except ValidationError as error:
-        wrong = [(str(each["loc"][0]), each) for each in error.errors(include_url=False)]
-        said = [f"{part} is missing" if each["type"] == "missing" else f"{part}: {each['msg']}" for part, each in wrong]
+    plugin = PLUGINS.load(name)
+    solver = plugin.read(Solver)
+    functions = {"look": solver.look, "step": solver.step, "correct": solver.correct}
+    said = [
+        f"{part} must take ({', '.join(PARTS[part])})"
+        for part, function in functions.items()
+        if function is not None and not takes(function, PARTS[part])
+    ]
+    if solver.noises is not None and (solver.is_reference or solver.calls_inverting is not None):
+        said.append("a solver with noises must set IS_REFERENCE = False and calls_inverting = None")
     if said:
-        raise InputError(f"{title} ({found.origin}): {'; '.join(said)}{remedy}")
+        plugin.refuse(said)
     return solver
-
-
-def _fits(solver: Solver, name: str) -> bool:
-    """Whether a function of a solver takes the arguments of PARTS."""
-    function = getattr(solver, name)
-    try:
-        return function is None or inspect.signature(function).bind(*PARTS[name]) is not None
-    except TypeError:
-        return False
-
-
-def _package(point: EntryPoint) -> str:
-    return f"the package {point.dist.name}" if point.dist is not None else f"the module {point.module}"
-
-
-def _title(point: EntryPoint) -> str:
-    return f"solver '{point.name}' of {_package(point)}"

@@ -1,5 +1,6 @@
 """The optimizer of a train stage."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -30,6 +31,24 @@ class OptimizerSpec(FrozenModel):
     """learning-rate schedule from the end of the warm-up to the end of the stage"""
     clip: PositiveFloat | None = 1.0
     """maximum gradient norm of each network; larger gradients are clipped; null: no clipping"""
+
+    def learning_rate(self, images: float, total: int) -> float:
+        """Learning rate after `images` of `total` images.
+
+        Linear warm-up, then constant, or cosine or linear decay to 0 at `total`. The engine passes the middle of each
+        step, so that neither the first nor the last step has learning rate 0.
+        """
+        if images < self.warmup_images:
+            return self.lr * images / self.warmup_images
+        rest = total - self.warmup_images
+        progress = min(1.0, (images - self.warmup_images) / rest) if rest > 0 else 0.0
+        match self.decay:
+            case "constant":
+                return self.lr
+            case "linear":
+                return self.lr * (1 - progress)
+            case "cosine":
+                return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def mistakes(optimizer: OptimizerSpec, images: int, where: str) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """How the blocks of trained networks run: whether their activations are recomputed or offloaded, and compiled."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,10 +9,9 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from distill.core.errors import InputError
+from distill.launch import environment
 from distill.networks.two_times import TwoTimes, recomputed
 from distill.teachers.architectures import convention_of
-
-COMPILERS = ("g++", "clang++", "c++")
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
 
     InputError if there is no C++ compiler.
     """
-    if not (os.environ.get("CXX") or any(shutil.which(name) for name in COMPILERS)):
-        raise InputError(f"compile: no C++ compiler found ({', '.join(COMPILERS)}); install one, or set compile: false")
+    if not environment.has_compiler():
+        raise InputError("compile: no C++ compiler found (g++, clang++ or c++); install one, or set compile: false")
     for network in networks:
         parts = [each for each in network.modules() if isinstance(each, ModelMixin)]
         outer = [part for part in parts if not any(part is not each and part in each.modules() for each in parts)]

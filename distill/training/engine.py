@@ -18,11 +18,12 @@ from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
 from distill.flow.draws import Rows, StepDraw, key
+from distill.launch import environment
 from distill.protocols import Draw, Init, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage, stage_content
-from distill.training import optimizers, turn_logs
+from distill.training import turn_logs
 from distill.training.blocks import EAGER, Blocks
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
@@ -95,11 +96,11 @@ def train(
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
     settings = {"draws": DRAWS, "seed": seed, "stage": stage_content(stage), "inputs": dict(inputs or {})}
-    environment = _environment(device, micro_batch, world, sharding)
+    where = _environment(device, micro_batch, world, sharding)
     kept = None
     if stage.ema_snapshots is not None:
         kept = Snapshots(paths.snapshots, stage.ema_lengths, stage.ema_snapshots, batch_size, stage.images)
-    checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn, kept)
+    checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, where, progress.warn, kept)
     found = checkpoints.resume(world)
     with world.contact("at the start"):
         roles = Roles(
@@ -119,13 +120,13 @@ def train(
     if probe is None:  # with a probe, the run is a temporary one
         world.alone("checking free space", partial(checkpoints.require_room, roles.checkpoint_bytes()))
         if world.first:
-            checkpoints.warn_of_memory(roles.checkpoint_bytes() * world.local // world.size)
-    for name, trainable in roles.trainables.items():
-        if world.first and (text := optimizers.describe(stage.optimizer, name, trainable.module)) is not None:
-            progress.note(text)
+            checkpoints.warn_of_memory(roles.checkpoint_bytes() * environment.local_ranks(world.size) // world.size)
+    for note in (trainable.optimizers.note for trainable in roles.trainables.values()):
+        if world.first and note is not None:
+            progress.note(note)
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
     if found is not None and run is not None:
-        append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
+        append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **where)
     progress.start(images)
     with Saver(checkpoints, partial(_note, run, paths.root.name), world) as saver:
         step, images = _loop(
@@ -243,7 +244,7 @@ def step_once(
             turns.append(TurnLogs.of(turn.network, place, losses, norm, world))
             if probe is not None:
                 probe(roles)
-            trainable.step(optimizers.learning_rate(stage.optimizer, images + stage.batch_size / 2, stage.images), norm)
+            trainable.step(stage.optimizer.learning_rate(images + stage.batch_size / 2, stage.images), norm)
             roles.moved(turn.network)
     if not turns:
         raise InputError(

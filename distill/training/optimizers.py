@@ -1,4 +1,4 @@
-"""The optimizers that a spec names (`adamw`, `adamw_8bit` and `muon`), their learning rates and parameter groups.
+"""The optimizers that a spec names (`adamw`, `adamw_8bit` and `muon`), and their parameter groups.
 
 Each optimizer keeps its state in tensors and numbers by parameter, so that a checkpoint contains all of it.
 """
@@ -23,25 +23,6 @@ FACTOR = "lr_factor"  # key in a parameter group: the factor of the stage's lear
 Groups = Sequence[dict[str, Any]]  # parameter groups, as torch.optim takes them
 
 
-def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
-    """Learning rate after `images` of `total` images.
-
-    Linear warm-up, then constant, or cosine or linear decay to 0 at `total`. The engine passes the middle of each step,
-    so that neither the first nor the last step has learning rate 0.
-    """
-    if images < spec.warmup_images:
-        return spec.lr * images / spec.warmup_images
-    rest = total - spec.warmup_images
-    progress = min(1.0, (images - spec.warmup_images) / rest) if rest > 0 else 0.0
-    match spec.decay:
-        case "constant":
-            return spec.lr
-        case "linear":
-            return spec.lr * (1 - progress)
-        case "cosine":
-            return spec.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Parameter groups for the optimizer, one for each learning rate, with the factor of the stage's learning rate.
 
@@ -64,7 +45,43 @@ def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Pa
     return [{"params": group, FACTOR: factor} for factor, group in found.items()]
 
 
-def require(spec: OptimizerSpec) -> None:
+class Optimizers:
+    """The optimizers of a network, which together train all parameters of `groups`.
+
+    each: one, or with muon up to two. note: what to tell the user about them, if anything. moments: see `state_bytes`.
+    InputError if a package is missing.
+    """
+
+    def __init__(self, spec: OptimizerSpec, network: str, module: nn.Module, groups: Groups) -> None:
+        self.each = _build(spec, module, groups)
+        self.note = _describe(spec, network, module)
+        self.moments = state_bytes(spec, module)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the stage's learning rate, which each group multiplies by its factor."""
+        for group in (group for optimizer in self.each for group in optimizer.param_groups):
+            group["lr"] = lr * group[FACTOR]
+
+    def step(self) -> None:
+        """Update the weights, and clear the gradients."""
+        for optimizer in self.each:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter, by name; numbers as tensors without dimensions. Empty before the first step."""
+        found = (optimizer.state.get(parameter, {}) for optimizer in self.each)
+        return {name: torch.as_tensor(value) for each in found for name, value in each.items()}
+
+    def load(self, states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
+        """Load what `state` returned for each parameter."""
+        for optimizer in self.each:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            content = {i: _with_numbers(states[p]) for i, p in enumerate(parameters) if p in states}
+            optimizer.load_state_dict({"state": content, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _require(spec: OptimizerSpec) -> None:
     """InputError if the optimizer needs a package that is not installed."""
     if spec.name == "adamw_8bit":
         try:
@@ -76,8 +93,7 @@ def require(spec: OptimizerSpec) -> None:
             ) from error
 
 
-def build(spec: OptimizerSpec, module: nn.Module, groups: Groups) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network, which together have all parameters of `groups`. All steps use `spec.lr`."""
+def _build(spec: OptimizerSpec, module: nn.Module, groups: Groups) -> list[torch.optim.Optimizer]:
     match spec.name:
         case "adamw":
             return [_adamw(spec, groups)]
@@ -106,7 +122,7 @@ def _adamw(spec: OptimizerSpec, groups: Groups) -> torch.optim.Optimizer:
 
 def _adamw_8bit(spec: OptimizerSpec, groups: Groups) -> torch.optim.Optimizer:
     """AdamW with both moments in 8 bits, in blocks of 256 elements (Dettmers et al. 2021, arXiv 2110.02861)."""
-    require(spec)
+    _require(spec)
     from bitsandbytes.optim import AdamW8bit
 
     made: torch.optim.Optimizer = AdamW8bit(
@@ -139,8 +155,7 @@ def _divided(groups: Groups, chosen: set[Tensor], *, wanted: bool) -> list[dict[
     return [part for part in parts if part["params"]]
 
 
-def describe(spec: OptimizerSpec, network: str, module: nn.Module) -> str | None:
-    """What to tell the user about the optimizer of a network; None if there is nothing to tell."""
+def _describe(spec: OptimizerSpec, network: str, module: nn.Module) -> str | None:
     if spec.name != "muon":
         return None
     trained, matrices = [p for p in module.parameters() if p.requires_grad], _matrices(module)
@@ -152,7 +167,11 @@ def describe(spec: OptimizerSpec, network: str, module: nn.Module) -> str | None
 
 
 def state_bytes(spec: OptimizerSpec, module: nn.Module) -> int | None:
-    """Bytes of the optimizers' whole state. None for adamw, whose state `Sharding.held` predicts, as it is divided."""
+    """Bytes of the optimizers' whole state. None for adamw, whose state `Sharding.held` predicts, as it is divided.
+
+    InputError if a package is missing.
+    """
+    _require(spec)
     trained = [p for p in module.parameters() if p.requires_grad]
     match spec.name:
         case "adamw":
@@ -166,20 +185,6 @@ def state_bytes(spec: OptimizerSpec, module: nn.Module) -> int | None:
 
 def _bytes_8bit(numel: int) -> int:
     return 2 * FLOAT * numel if numel < LEAST_8BIT else 2 * (numel + FLOAT * math.ceil(numel / BLOCK_8BIT))
-
-
-def state(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The state of a parameter, by name; numbers as tensors without dimensions. Empty before the first step."""
-    found = (optimizer.state.get(parameter, {}) for optimizer in optimizers)
-    return {name: torch.as_tensor(value) for each in found for name, value in each.items()}
-
-
-def load(optimizers: Sequence[torch.optim.Optimizer], states: dict[nn.Parameter, dict[str, Tensor]]) -> None:
-    """Load what `state` returned for each parameter."""
-    for optimizer in optimizers:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        content = {i: _with_numbers(states[p]) for i, p in enumerate(parameters) if p in states}
-        optimizer.load_state_dict({"state": content, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _with_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor | int]:

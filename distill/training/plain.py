@@ -43,8 +43,7 @@ class PlainTrainable:
         self.sizes = [p.numel() for p in self._unique]
         self.still = [p.numel() for p in self.module.parameters() if not p.requires_grad and not is_shared(p)]
         groups = optimizers.parameter_groups(name, role, self._parameters)
-        self._optimizers = optimizers.build(spec, self.module, groups)
-        self.moments = optimizers.state_bytes(spec, self.module)
+        self.optimizers = optimizers.Optimizers(spec, name, self.module, groups)
         self._active: bool | None = None
         self._passes = 0  # since the last step
         self._reach = Reach(name, self._parameters, role.waiting)
@@ -103,15 +102,9 @@ class PlainTrainable:
         """Clip the gradients, update the weights, clear the gradients."""
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._unique, self.spec.clip, norm)
-        self._set_lr(lr)
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizers.set_lr(lr)
+        self.optimizers.step()
         self._passes = 0
-
-    def _set_lr(self, lr: float) -> None:
-        for group in (group for optimizer in self._optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * group[optimizers.FACTOR]
 
     def masters(self) -> dict[str, Tensor]:
         return dict(self._parameters)
@@ -127,7 +120,7 @@ class PlainTrainable:
         return share_of({**own_state(self.module), **own}, self.world.rank, self.world.size)
 
     def state(self) -> Parts:
-        states = {key: optimizers.state(self._optimizers, p) for key, p in self._parameters.items()}
+        states = {key: self.optimizers.state(p) for key, p in self._parameters.items()}
         found = {f"{key}/{name}": tensor for key, each in states.items() for name, tensor in each.items()}
         return share_of(found, self.world.rank, self.world.size)
 
@@ -140,7 +133,7 @@ class PlainTrainable:
         for full in group.shapes:
             key, _, name = full.rpartition("/")
             states.setdefault(self._parameters[key], {})[name] = group.whole(full)
-        optimizers.load(self._optimizers, states)
+        self.optimizers.load(states)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -154,7 +147,7 @@ class PlainTrainable:
         return {
             "parameters": [p for p in self.module.parameters() if not is_shared(p)],
             "gradients": [p.grad for p in self._unique if p.grad is not None],
-            "optimizer": [t for p in self._unique for t in optimizers.state(self._optimizers, p).values()],
+            "optimizer": [t for p in self._unique for t in self.optimizers.state(p).values()],
         }
 
 

@@ -172,7 +172,7 @@ class Roles:
     @property
     def moments(self) -> int | None:
         """Bytes of the whole state of optimizers other than AdamW; None for AdamW. All networks have the same one."""
-        found = [trainable.moments for trainable in self.trainables.values()]
+        found = [trainable.optimizers.moments for trainable in self.trainables.values()]
         return None if None in found else sum(each or 0 for each in found)
 
     def checkpoint_bytes(self) -> int:

@@ -15,6 +15,7 @@ from distill.flow.draws import Rows
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.checkpoint_files import GroupReader
+from distill.training.optimizers import Optimizers
 from distill.training.parts import Parts
 from distill.training.world import World
 
@@ -38,7 +39,7 @@ class Trainable(Protocol):
     @property
     def still(self) -> Sequence[int]: ...  # elements of each parameter that is not trained
     @property
-    def moments(self) -> int | None: ...  # bytes of the whole state of an optimizer other than AdamW
+    def optimizers(self) -> Optimizers: ...
     @property
     def waiting(self) -> set[str]: ...  # names of parameters that need no gradient in the first turns
 

@@ -79,11 +79,6 @@ class World:
     works: Iterator[int] = field(default_factory=count)  # numbers what all ranks do together, equally on all
 
     @property
-    def local(self) -> int:
-        """The number of ranks on this host, as launchers say it; all of them if they do not."""
-        return min(self.size, int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
-
-    @property
     def first(self) -> bool:
         """Whether this is rank 0, which prints and writes files for all."""
         return self.rank == 0

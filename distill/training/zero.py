@@ -90,7 +90,7 @@ class ZeroTrainable(PlainTrainable):
         super().__init__(name, role, spec, world, len(slices))
         assert zero.stage is not None
         self.stage = zero.stage
-        (self._optimizer,) = self._optimizers  # AdamW: the checks of a spec refuse others
+        (self._optimizer,) = self.optimizers.each  # AdamW: the checks of a spec refuse others
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 makes the parameters empty
         config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
@@ -122,7 +122,7 @@ class ZeroTrainable(PlainTrainable):
         return optimizer.scaled_global_norm().float()
 
     def step(self, lr: float, norm: Tensor) -> None:
-        self._set_lr(lr)
+        self.optimizers.set_lr(lr)
         self.engine.step()
         if self.stage == 3:
             # Otherwise a parameter that the next turn does not reach would be updated with these gradients again.
