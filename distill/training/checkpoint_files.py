@@ -1,7 +1,7 @@
 """The files of checkpoints: each is a directory that is either complete or absent. It is verified before it is used.
 
 checkpoints/step-00001234/          renamed to this name once all files are on the disk
-    network.student.safetensors     one file per group of tensors
+    network.student.safetensors     one file per group of tensors; if N ranks wrote it, N files NAME.00000-of-0000N
     optimizer.student.safetensors
     ema.student.2000.0.safetensors
     meta.json                       step, settings, environment, sha256 and size of every file
