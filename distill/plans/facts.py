@@ -12,7 +12,7 @@ from distill.core.text import suggest
 
 FOLDER = Path(__file__).parent / "models"
 
-Size = Annotated[int, Field(ge=1, le=1 << 20)]
+Extent = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class ModelFacts(FrozenModel):
@@ -27,15 +27,15 @@ class ModelFacts(FrozenModel):
     elements: Annotated[int, Field(ge=1)]
     """numbers in its weights, as published"""
     elements_source: str
-    sample: Annotated[list[Size], Field(min_length=3, max_length=4)]
+    sample: Annotated[list[Extent], Field(min_length=3, max_length=4)]
     """shape of a sample as recipes hold it, [C, h, w] or [C, F, h, w], at the default size of its pipeline"""
-    pixels: Annotated[list[Size], Field(min_length=2, max_length=3)]
+    pixels: Annotated[list[Extent], Field(min_length=2, max_length=3)]
     """that size: height and width, with the number of frames before them for a video"""
-    tokens: Size
+    tokens: Extent
     """length of the longest prompt"""
-    text_width: Size
+    text_width: Extent
     """numbers in the embedding of a token"""
-    pooled_width: Size | None
+    pooled_width: Extent | None
     """numbers in the embedding of a whole prompt; None: the network does not take one"""
     call_source: str
     """where the default size and the length of the prompts come from"""
