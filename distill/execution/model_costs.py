@@ -108,17 +108,17 @@ def process_memory(
     launch: LaunchSpec,
     samples: int,
     *,
+    kept: Mapping[str, int] | None = None,
     copies: Sequence[str] = (),
     averages: int = 1,
     frozen: int = 0,
 ) -> dict[str, int]:
     """Bytes on the GPU of each process in training, by kind: those of `memory.predict`, "frozen" and "activations".
 
-    networks: those that a recipe trains, by name; one of them is "student". samples: of a micro-batch. copies: for each
-    target copy, the network that it copies. averages: of the student's weights. frozen: bytes of the weights of all
-    other networks, like the teacher; with adapters, the teacher's are already among those that stay still.
-
-    Activations are those of the network that keeps most: the networks are trained one after another.
+    networks: those that a recipe trains, by name; one of them is "student". samples: of a micro-batch. kept: how many
+    calls of each network are in the same backward pass; None: one of the student. copies: for each target copy, the
+    network that it copies. averages: of the student's weights. frozen: bytes of the weights of all other networks, like
+    the teacher; with adapters, the teacher's are already among those that stay still.
     """
     sharding, procs = choose_sharding(launch), launch.world_size
     sizes = {name: each.trained for name, each in networks.items()}
@@ -127,7 +127,8 @@ def process_memory(
     if launch.offload_optimizer:
         found["optimizer"] = 0
     found["frozen"] = frozen // procs if sharding.divides_frozen else frozen
-    found["activations"] = max(each.activations.of(samples) for each in networks.values())
+    calls = {"student": 1} if kept is None else kept
+    found["activations"] = sum(times * networks[name].activations.of(samples) for name, times in calls.items())
     return found
 
 

@@ -61,6 +61,8 @@ class StepWork:
     """bytes, see `sent_bytes`"""
     updated: int
     """weights that it updates"""
+    on_host: bool = False
+    """the optimizer's state is in the memory of the node; each process reads it there as fast as a GPU could"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def step_time(work: StepWork, machines: Machines, precision: Precision, assumed:
     compute = work.operations / (machines.kind.peaks[precision] * assumed.utilisation)
     communication = work.sent / (machines.link * assumed.bandwidth)
     waiting = max(0.0, communication - assumed.hidden * compute)
-    update = UPDATED * work.updated / (machines.kind.bandwidth * assumed.bandwidth)
+    memory = machines.kind.host if work.on_host else machines.kind.bandwidth
+    update = UPDATED * work.updated / (memory * assumed.bandwidth)
     return StepTime(compute, communication, waiting, update)
 
 

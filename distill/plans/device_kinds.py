@@ -31,6 +31,8 @@ class DeviceKind:
     """bytes per second to the other GPUs of its node"""
     network: float
     """bytes per second to other nodes, for each GPU"""
+    host: float
+    """bytes per second to the memory of its node"""
     source: str
 
 
@@ -41,35 +43,35 @@ _H100: Mapping[Precision, float] = {"bf16": 989.4 * TERA, "tf32": 494.7 * TERA, 
 
 KINDS: Mapping[str, DeviceKind] = {
     "a100-40gb": DeviceKind(
-        "NVIDIA A100 SXM 40 GB", 40 * GIGA, _A100, 1.555 * TERA, 300 * GIGA, 25 * GIGA,
-        f"NVIDIA A100 data sheet (NVLink 600 GB/s in both directions); {_DGX_A100}",
+        "NVIDIA A100 SXM 40 GB", 40 * GIGA, _A100, 1.555 * TERA, 300 * GIGA, 25 * GIGA, 32 * GIGA,
+        f"NVIDIA A100 data sheet (NVLink 600 GB/s in both directions, PCIe 4.0 x16); {_DGX_A100}",
     ),
     "a100-80gb": DeviceKind(
-        "NVIDIA A100 SXM 80 GB", 80 * GIGA, _A100, 2.039 * TERA, 300 * GIGA, 25 * GIGA,
-        f"NVIDIA A100 data sheet (NVLink 600 GB/s in both directions); {_DGX_A100}",
+        "NVIDIA A100 SXM 80 GB", 80 * GIGA, _A100, 2.039 * TERA, 300 * GIGA, 25 * GIGA, 32 * GIGA,
+        f"NVIDIA A100 data sheet (NVLink 600 GB/s in both directions, PCIe 4.0 x16); {_DGX_A100}",
     ),
     "h100": DeviceKind(
-        "NVIDIA H100 SXM 80 GB", 80 * GIGA, _H100, 3.35 * TERA, 450 * GIGA, 50 * GIGA,
-        f"NVIDIA H100 data sheet and Hopper white paper (NVLink 900 GB/s in both directions); {_DGX_H100}",
+        "NVIDIA H100 SXM 80 GB", 80 * GIGA, _H100, 3.35 * TERA, 450 * GIGA, 50 * GIGA, 64 * GIGA,
+        f"NVIDIA H100 data sheet, Hopper white paper (NVLink 900 GB/s in both directions, PCIe 5.0 x16); {_DGX_H100}",
     ),
     "h200": DeviceKind(
-        "NVIDIA H200 SXM 141 GB", 141 * GIGA, _H100, 4.8 * TERA, 450 * GIGA, 50 * GIGA,
-        f"NVIDIA H200 data sheet (NVLink 900 GB/s in both directions; computes as H100); {_DGX_H100}",
+        "NVIDIA H200 SXM 141 GB", 141 * GIGA, _H100, 4.8 * TERA, 450 * GIGA, 50 * GIGA, 64 * GIGA,
+        f"NVIDIA H200 data sheet (NVLink 900 GB/s in both directions, PCIe 5.0 x16; computes as H100); {_DGX_H100}",
     ),
     "b200": DeviceKind(
         "NVIDIA B200 180 GB", 180 * GIGA, {"bf16": 2250 * TERA, "tf32": 1100 * TERA, "fp32": 80 * TERA},
-        8 * TERA, 900 * GIGA, 50 * GIGA,
+        8 * TERA, 900 * GIGA, 50 * GIGA, 64 * GIGA,
         "NVIDIA Blackwell technical brief, column HGX B200; DGX B200 data sheet: 1,440 GB, 64 TB/s, NVLink 14.4 TB/s "
-        "in both directions for 8 GPUs; network: 400 Gb/s for each GPU",
+        "in both directions for 8 GPUs, PCIe 5.0 x16; network: 400 Gb/s for each GPU",
     ),
     "l40s": DeviceKind(
         "NVIDIA L40S 48 GB", 48 * GIGA, {"bf16": 362.05 * TERA, "tf32": 183 * TERA, "fp32": 91.6 * TERA},
-        864 * GIGA, 32 * GIGA, 12.5 * GIGA,
+        864 * GIGA, 32 * GIGA, 12.5 * GIGA, 32 * GIGA,
         "NVIDIA L40S data sheet (PCIe 4.0 x16, 64 GB/s in both directions); network: assumed, 100 Gb/s for each GPU",
     ),
     "rtx-4090": DeviceKind(
         "NVIDIA GeForce RTX 4090 24 GB", 24 * GIGA, {"bf16": 165.2 * TERA, "tf32": 82.6 * TERA, "fp32": 82.6 * TERA},
-        1008 * GIGA, 32 * GIGA, 3.125 * GIGA,
+        1008 * GIGA, 32 * GIGA, 3.125 * GIGA, 32 * GIGA,
         "NVIDIA Ada GPU architecture white paper, with accumulation in float32 (PCIe 4.0 x16); network: assumed, "
         "25 Gb/s for each GPU",
     ),
