@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -10,10 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from distill.core.errors import InputError
-from distill.execution.model_costs import Growth, NetworkCosts, count_network, process_memory
-from distill.plans import costs, device_kinds
+from distill.execution.model_costs import Growth, NetworkCosts, costs_of, count_network, process_memory
+from distill.plans import costs, device_kinds, facts
 from distill.plans.costs import Assumptions, Machines, StepTime, StepWork, sent_bytes
 from distill.spec.model import LaunchSpec
+from distill.students.lora_start import attention_layers
+from distill.teachers.architectures import known
+from distill.teachers.convention import Asked
 from distill.training import blocks, memory
 from distill.training.counting import count
 from distill.training.plain import PLAIN
@@ -143,6 +147,65 @@ def test_norms_are_in_float32_under_autocast_as_on_gpus():
         assert network[0](torch.zeros(1, 4)).dtype == torch.bfloat16
         network(torch.zeros(1, 4))
     assert seen == [torch.float32]
+
+
+# --- networks of published models, in small ---
+
+SMALL = {
+    "z-image": {
+        "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 24, "axes_dims": [4, 6, 6], "axes_lens": [128, 16, 16],
+    },
+    "qwen-image": {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 24, "axes_dims_rope": [4, 6, 6],
+    },
+    "sdxl": {
+        "sample_size": 16, "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 24,
+        "attention_head_dim": 8, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
+    },
+    "flux.1-dev": {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 24, "pooled_projection_dim": 12, "axes_dims_rope": [4, 6, 6], "guidance_embeds": True,
+    },
+}  # fmt: skip
+
+
+def small(name):
+    """The facts about a model, with a small network in place of its own."""
+    change = {"config": SMALL[name], "sample": [4, 16, 16], "pixels": [128, 128], "tokens": 5}
+    return facts.facts_of(name).model_copy(update=change)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_published_model_is_called_as_its_convention_says(name):
+    model = small(name)
+    network, convention = getattr(diffusers, model.network)(**model.config).train(), known()[model.network]
+    cond = {
+        key: torch.ones(3, *(model.tokens if side is None else side for side in field.shape), dtype=field.dtype)
+        for key, field in convention.fields(network.config).items()
+    }
+    constants = convention.constants(network.config, Asked((128, 128)))
+    cond |= {key: each.expand(3, *each.shape) for key, each in constants.items()}
+    real = count(lambda: convention.call(network, torch.zeros(3, 4, 16, 16), torch.ones(3), cond))
+    found = costs_of(model, bf16=False)
+    assert (3 * found.forward, 3 * found.training) == (real.forward, real.training)
+    assert found.activations.of(3) == pytest.approx(real.activations, rel=0.1)
+    assert sum(found.trained) == sum(each.numel() for each in network.parameters())
+    assert found.still == []
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux.1-dev"])
+def test_adapters_are_trained_in_the_attention_alone(name):
+    model, rank = small(name), 2
+    whole, found = costs_of(model, bf16=False), costs_of(model, bf16=False, lora_rank=rank)
+    network = getattr(diffusers, model.network)(**model.config)
+    layers = [network.get_submodule(each) for each in attention_layers(network)]
+    assert sum(found.trained) == sum(rank * (each.in_features + each.out_features) for each in layers)
+    assert sum(found.still) == sum(whole.trained)
+    assert found.forward > whole.forward and found.training < whole.training
 
 
 # --- memory ---
