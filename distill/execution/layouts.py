@@ -39,13 +39,10 @@ class TrainingJob:
     kept: Mapping[str, int]
     """see `process_memory`"""
     frozen: int = 0
-    """bytes of the teacher's weights, if it does not share them with the student"""
+    """bytes of the teacher's weights"""
+    shared: bool = False
+    """the trained networks are adapters of these weights, which are not divided then"""
     averages: int = 1
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether the networks share the weights of the teacher, which are not divided then."""
-        return any(each.still for each in self.networks[False].values())
 
     def operations(self, *, recompute: bool) -> int:
         """Floating-point operations for each sample."""
@@ -86,7 +83,7 @@ def fitting_layouts(
         _largest(
             job, machines, way.model_copy(update={"activation_checkpointing": recompute}), precision, assumed, available
         )
-        for way in ways(plain, shared=job.has_adapters, teacher=job.frozen > 0)
+        for way in ways(plain, shared=job.shared, teacher=job.frozen > 0 and not job.shared)
         for recompute in (False, True)
     )
     return sorted((each for each in tried if each is not None), key=lambda each: float(f"{each.step.total:.2g}"))

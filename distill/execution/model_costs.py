@@ -118,7 +118,7 @@ def process_memory(
     networks: those that a recipe trains, by name; one of them is "student". samples: of a micro-batch. kept: how many
     calls of each network are in the same backward pass; None: one of the student. copies: for each target copy, the
     network that it copies. averages: of the student's weights. frozen: bytes of the weights of all other networks, like
-    the teacher; with adapters, the teacher's are already among those that stay still.
+    the teacher. If the networks are adapters of its weights, these must not be among the weights that stay still, too.
     """
     sharding, procs = choose_sharding(launch), launch.world_size
     sizes = {name: each.trained for name, each in networks.items()}

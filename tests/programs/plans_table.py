@@ -9,7 +9,7 @@ not counted again.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from distill.core.atomic import write_json
@@ -53,15 +53,25 @@ def jobs(found: Mapping[str, NetworkCosts]) -> Iterator[tuple[str, TrainingJob]]
     """(recipe, job) with the calls that the recipe makes with its default options, and one step for dmd2."""
 
     def networks(way: str, *names: str) -> dict[bool, dict[str, NetworkCosts]]:
-        return {again: dict.fromkeys(names, found[f"{way}{' again' * again}"]) for again in (False, True)}
+        own = {again: replace(found[f"{way}{' again' * again}"], still=[]) for again in (False, True)}
+        return {again: dict.fromkeys(names, each) for again, each in own.items()}
 
     once = {"student": 1}
     yield "reflow", TrainingJob(networks("whole", "student"), BATCH, {}, once, once, once)
+    teacher = HALF * sum(found["whole"].trained)
     yield (
         "consistency, LoRA",
-        TrainingJob(networks("adapters", "student"), BATCH, {"student": 1, "teacher": 2}, once, once, once),
+        TrainingJob(
+            networks("adapters", "student"),
+            BATCH,
+            forwards={"student": 1, "teacher": 2},
+            trainings=once,
+            updates=once,
+            kept=once,
+            frozen=teacher,
+            shared=True,
+        ),
     )
-    teacher = HALF * sum(found["whole"].trained)
     yield (
         "dmd2",  # for each update of the student, five of the critic, which is called with a sample and with data
         TrainingJob(
@@ -92,7 +102,7 @@ def table(found: Mapping[str, Mapping[str, NetworkCosts]]) -> Iterator[str]:
                 best = layouts[0]
                 time = training_time(best.step, machines, BATCH, IMAGES)
                 given = best.launch.model_dump(exclude_defaults=True, exclude={"nodes", "procs"})
-                options = ", ".join(f"{key}: {json.dumps(value)}" for key, value in given.items()) or "defaults"
+                options = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in given.items()) or "defaults"
                 yield (
                     f"{start} {options} | {human(best.needed)} | {best.step.total:.3g} s | "
                     f"{time.images_per_second:.3g} | {time.gpu_hours:.3g} |"
