@@ -109,10 +109,10 @@ def test_the_table_of_published_models_says_what_to_launch():
     lines = list(plans_table.table({"sdxl": counted}))
     assert len(lines) == 2 + 3 * 3
     # 128 samples of 3e12 operations at 40 % of 989e12 per second; 4 + 4 * 8 GB, an eighth of 16 GB, and 4 GB whole.
-    reflow = "`micro_batch: 4`, `zero_stage: 1` | 42.0 GB | 0.972 s | 1.05e+03 | 2.11 |"
+    reflow = "`micro_batch: 4`, `zero_stage: 1` | 42.0 GB | 0.972 s | 1,050 | 2.11 |"
     assert lines[2] == f"| SDXL base 1.0 | reflow | 8 | {reflow}"
-    # 42e12 operations, and 6 times 2 * 4 GB at 300 GB/s, of which half of that time is hidden; two networks, the gradients
-    # of one, the teacher, and the activations of two calls.
-    assert lines[-1] == "| SDXL base 1.0 | dmd2 | 1,024 | `zero_stage: 1` | 30.0 GB | 0.213 s | 4.81e+03 | 59.2 |"
+    # 42e12 operations, and 6 times 2 * 4 GB at 300 GB/s, less half of the time of the operations; two networks, the
+    # gradients of one, the teacher, and the activations of two calls.
+    assert lines[-1] == "| SDXL base 1.0 | dmd2 | 1,024 | `zero_stage: 1` | 30.0 GB | 0.213 s | 4,810 | 59.2 |"
     huge = {name: replace(each, trained=[10**12]) for name, each in counted.items()}
     assert "| SDXL base 1.0 | reflow | 8 | does not fit | | | | |" in plans_table.table({"sdxl": huge})

@@ -104,9 +104,14 @@ def table(found: Mapping[str, Mapping[str, NetworkCosts]]) -> Iterator[str]:
                 given = best.launch.model_dump(exclude_defaults=True, exclude={"nodes", "procs"})
                 options = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in given.items()) or "defaults"
                 yield (
-                    f"{start} {options} | {human(best.needed)} | {best.step.total:.3g} s | "
-                    f"{time.images_per_second:.3g} | {time.gpu_hours:.3g} |"
+                    f"{start} {options} | {human(best.needed)} | {short(best.step.total)} s | "
+                    f"{short(time.images_per_second)} | {short(time.gpu_hours)} |"
                 )
+
+
+def short(number: float) -> str:
+    """A number in three digits."""
+    return f"{float(f'{number:.3g}'):,g}"
 
 
 def main() -> None:
