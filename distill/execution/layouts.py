@@ -54,7 +54,7 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FittingLayout:
     """One way to train."""
 
     launch: LaunchSpec
@@ -71,7 +71,7 @@ class Layout:
 
 def fitting_layouts(
     job: TrainingJob, machines: Machines, precision: Precision, assumed: Assumptions = ASSUMED
-) -> list[Layout]:
+) -> list[FittingLayout]:
     """The ways to train for which the memory suffices, the fastest first. Empty if nothing fits.
 
     Of those that are equally fast, in two digits, the simplest comes first. For each way, the micro-batch is the
@@ -91,7 +91,7 @@ def fitting_layouts(
 
 def _largest(
     job: TrainingJob, machines: Machines, way: LaunchSpec, precision: Precision, assumed: Assumptions, available: float
-) -> Layout | None:
+) -> FittingLayout | None:
     own, rest = divmod(job.batch_size, machines.procs)
     assert not rest, "the batch is divided evenly among the processes"
     for micro_batch in (size for size in range(own, 0, -1) if own % size == 0):
@@ -99,7 +99,7 @@ def _largest(
         memory = _memory(job, launch, micro_batch)
         if sum(memory.values()) <= available:
             step = step_time(_work(job, launch, own, own // micro_batch), machines, precision, assumed)
-            return Layout(launch, memory, step)
+            return FittingLayout(launch, memory, step)
     return None
 
 
