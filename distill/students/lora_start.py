@@ -50,18 +50,22 @@ def _networks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Modul
 
 def _targets(where: str, role: str, network: nn.Module, spec: LoraSpec) -> list[str]:
     """The names of the layers that get adapters."""
-    if spec.targets is None:
-        found = [
-            f"{path}.{name}"
-            for path, part in network.named_modules()
-            if isinstance(part, Attention | AttentionModuleMixin)
-            for name, layer in part.named_modules()
-            if isinstance(layer, nn.Linear)
-        ]
-        if not found:
-            raise InputError(f"{where}.targets: {type(network).__name__} has no attention; name layers in targets")
-    else:
-        found = matching(role, network, spec.targets)
+    if spec.targets is not None:
+        return _with_effect(network, dict.fromkeys(matching(role, network, spec.targets)))
+    if not (found := attention_layers(network)):
+        raise InputError(f"{where}.targets: {type(network).__name__} has no attention; name layers in targets")
+    return found
+
+
+def attention_layers(network: nn.Module) -> list[str]:
+    """The names of the linear layers in the attention of a network that have an effect on its output."""
+    found = (
+        f"{path}.{name}"
+        for path, part in network.named_modules()
+        if isinstance(part, Attention | AttentionModuleMixin)
+        for name, layer in part.named_modules()
+        if isinstance(layer, nn.Linear)
+    )
     return _with_effect(network, dict.fromkeys(found))
 
 

@@ -51,6 +51,26 @@ def choose_sharding(launch: LaunchSpec) -> Sharding:
     return Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
 
 
+def stage_of(launch: LaunchSpec) -> int | None:
+    """The ZeRO stage; None: without DeepSpeed."""
+    return launch.zero_stage
+
+
+def ways(launch: LaunchSpec, *, shared: bool, teacher: bool) -> list[LaunchSpec]:
+    """`launch` with each of the ways to divide the networks, those that need more memory first.
+
+    shared: the networks share the weights of the teacher, so these cannot be divided. teacher: the recipe calls a
+    teacher with weights of its own.
+    """
+    found: list[LaunchSpec] = []
+    for way in WAYS if launch.world_size > 1 else ALONE:
+        options = {name: value for name, value in way.items() if teacher or name != "divide_teacher"}
+        each = launch.model_copy(update=options)
+        if each not in found and not (shared and each.zero_stage == 3):
+            found.append(each)
+    return found
+
+
 def fitting(launch: LaunchSpec, needed: TrainedMemory, available: int) -> tuple[LaunchSpec, int]:
     """(launch with the fastest way to divide the networks for which they fit, bytes that each process needs).
 

@@ -60,11 +60,14 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 @dataclass
 class Activations:
-    """Context that counts the bytes that autograd keeps for the backward pass, without parameters."""
+    """Context that counts the bytes that autograd keeps for the backward pass, without parameters.
+
+    It also counts tensors without values (fake or meta), whose data has no address.
+    """
 
     peak: int = 0
     now: int = 0
-    _held: dict[int, int] = field(default_factory=dict)  # number of kept tensors by the address of their storage
+    _held: dict[int, int] = field(default_factory=dict)  # number of kept tensors by the identity of their storage
     _hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> Self:
@@ -88,8 +91,8 @@ class Activations:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return
         storage = tensor.untyped_storage()
-        before = self._held.get(storage.data_ptr(), 0)
-        self._held[storage.data_ptr()] = before + count
+        before = self._held.get(storage._cdata, 0)
+        self._held[storage._cdata] = before + count
         if not before or not before + count:
             self.now += count * storage.nbytes()
         self.peak = max(self.peak, self.now)
