@@ -27,7 +27,7 @@ from distill.spec.schema import NAME_RULE
 
 RECIPES = ", ".join(registry.names())
 PRESETS = ", ".join(presets.names())
-TOP = "data, launch, name, seed, stages, teacher"
+TOP = "compile, data, launch, name, numerics, seed, stages, teacher"
 TEACH, PAIRS = (specfile.load(presets.find("digits")).spec.stages[name] for name in ("teach", "pairs"))
 HALVES = ", ".join(f"{half:g}" for half in TEACH.ema_half_lives)
 
@@ -69,7 +69,8 @@ FIELDS = {
     "unknown key": (
         ["stages.teach.imges=5"],
         "stages.teach.imges=5: stages.teach has no 'imges'; did you mean 'images'? valid: batch_size, checkpoint, "
-        "dropout, ema_half_lives, export, images, init, kind, lora, network, optimizer, options, pairs, precision, "
+        "dropout, ema_half_lives, ema_lengths, ema_snapshots, export, images, init, kind, lora, network, optimizer, "
+        "options, pairs, precision, "
         "recipe, student, teacher",
     ),
     "unknown section": (

@@ -20,7 +20,7 @@ from distill.core.owners import Owner
 from distill.spec.model import CheckpointSpec
 from distill.training import checkpoint
 from distill.training.checkpoint import Checkpoints, complete, differences, latest, weights
-from distill.training.parts import Parts
+from distill.training.parts import RankParts
 from distill.training.saving import Saver
 
 
@@ -32,7 +32,7 @@ def make(folder, warn=None, *, keep=2, images=None, minutes=None, settings=None)
 def save(checkpoints, step, images, groups):
     """Until it is on the disk."""
     saver = Saver(checkpoints, lambda saved: None)
-    saver.save(step, images, [(name, Parts(tensors)) for name, tensors in groups])
+    saver.save(step, images, [(name, RankParts(tensors)) for name, tensors in groups])
     saver.finish()
     return checkpoints.last
 

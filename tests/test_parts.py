@@ -12,7 +12,7 @@ from distill.training import checkpoint_files
 from distill.training.checkpoint import Checkpoints, latest
 from distill.training.checkpoint_files import PieceMeta
 from distill.training.meeting import Meeting
-from distill.training.parts import Parts, share_of
+from distill.training.parts import RankParts, share_of
 from distill.training.saving import Saver
 from distill.training.world import World
 
@@ -92,7 +92,7 @@ def test_what_several_ranks_wrote_is_read_whole_and_in_any_part(tmp_path, size):
 def test_a_piece_that_no_rank_wrote_is_an_error_and_not_zeros(tmp_path):
     def groups_of(rank):
         start = (0, 60)[rank]
-        return [("g", Parts({"w": torch.ones(40)}, {"w": PieceMeta(start=start, shape=[100])}))]
+        return [("g", RankParts({"w": torch.ones(40)}, {"w": PieceMeta(start=start, shape=[100])}))]
 
     assert written(tmp_path, 2, groups_of) == {}
     with latest(tmp_path, pytest.fail).group("g") as group:
@@ -102,7 +102,7 @@ def test_a_piece_that_no_rank_wrote_is_an_error_and_not_zeros(tmp_path):
 
 
 def test_one_rank_writes_files_as_before(tmp_path):
-    assert written(tmp_path, 1, lambda rank: [("network.student", Parts(tensors()))]) == {}
+    assert written(tmp_path, 1, lambda rank: [("network.student", RankParts(tensors()))]) == {}
     found = latest(tmp_path, pytest.fail)
     assert list(found.meta.files) == ["network.student.safetensors"] and found.meta.format == 1
 

@@ -17,7 +17,7 @@ from distill.core.stop import StopRequest
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import CheckpointSpec
 from distill.training.checkpoint import Checkpoints, complete, latest
-from distill.training.parts import Parts
+from distill.training.parts import RankParts
 from distill.training.saving import Image, Saver
 
 BALLAST = 1_000_000  # elements: three groups hold it, 12 MB
@@ -61,7 +61,7 @@ def test_memory_is_kept_between_saves_while_it_fits(tmp_path):
     saver = Saver(Checkpoints(tmp_path, CheckpointSpec(images=1), {}, {}, pytest.fail), done.append)
     for step, size in enumerate((4, 4, 5), 1):
         groups = {"network": {"w": torch.full((3,), float(step))}, "optimizer": {"w": torch.full((size,), float(step))}}
-        saver.save(step, step, [(name, Parts(tensors)) for name, tensors in groups.items()])
+        saver.save(step, step, [(name, RankParts(tensors)) for name, tensors in groups.items()])
         saver.finish()
         last = latest(tmp_path, pytest.fail)
         for name, tensors in groups.items():
@@ -78,7 +78,7 @@ def test_no_memory_for_the_copy_is_one_message(tmp_path):
     with pytest.raises(
         RunError, match=r"not enough memory on this host for a copy of a rank's part of the checkpoint, .*: \S+ TB more"
     ):
-        saver.save(1, 1, [("network", Parts({"w": huge}))])
+        saver.save(1, 1, [("network", RankParts({"w": huge}))])
     assert complete(tmp_path) == []
 
 

@@ -107,10 +107,11 @@ def test_mistakes_are_listed_one_per_line():
         "like ./mine.py)",
         "  stages.a.images: missing (training length in images)",
         "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, dropout, "
-        "ema_half_lives, export, images, init, kind, lora, network, optimizer, options, pairs, precision, recipe, "
-        "student, teacher",
+        "ema_half_lives, ema_lengths, ema_snapshots, export, images, init, kind, lora, network, optimizer, options, "
+        "pairs, precision, recipe, student, teacher",
         "  stages.b: 5 given; must be a mapping",
-        "  lunch: unknown key; did you mean 'launch'? valid: data, launch, name, seed, stages, teacher",
+        "  lunch: unknown key; did you mean 'launch'? valid: compile, data, launch, name, numerics, seed, stages, "
+        "teacher",
     ]
 
 
@@ -218,11 +219,11 @@ def test_later_overrides_win():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sed=1", "sed=1: the spec has no 'sed'; did you mean 'seed'? valid: data, launch, name, seed, stages, "
-         "teacher"),
+        ("sed=1", "sed=1: the spec has no 'sed'; did you mean 'seed'? valid: compile, data, launch, name, numerics, "
+         "seed, stages, teacher"),
         ("stages.b.images=1", "stages.b.images=1: stages has no 'b'; valid: a"),
         ("stages.a.optimizer.beta.0=1", "stages.a.optimizer.beta.0=1: stages.a.optimizer has no 'beta'; did you mean "
-         "'betas'? valid: betas, clip, decay, eps, lr, warmup_images, weight_decay"),
+         "'betas'? valid: betas, clip, decay, eps, lr, momentum, name, warmup_images, weight_decay"),
         ("stages.a.optimizer.betas.2=1", "stages.a.optimizer.betas.2=1: stages.a.optimizer.betas has 2 items; "
             "'2' must be one of 0 to 1"),
         ("seed.x=1", "seed.x=1: seed is 0, which has no key 'x'"),

@@ -23,8 +23,8 @@ class OptimizerSpec(FrozenModel):
     """epsilon, added to the denominator of the update"""
     weight_decay: float = Field(0.0, ge=0, le=1000)
     """decoupled weight decay"""
-    momentum: Fraction = 0.95
-    """for muon: decay of the average of gradients of weight matrices"""
+    momentum: Fraction | None = None
+    """for muon: decay of the average of gradients of weight matrices; null: 0.95"""
     warmup_images: int = Field(0, ge=0, le=10**13)
     """linear warm-up, in images"""
     decay: Literal["constant", "cosine", "linear"] = "constant"
@@ -62,5 +62,5 @@ def mistakes(optimizer: OptimizerSpec, images: int, where: str) -> Iterator[str]
         yield f"{where}.betas: {list(optimizer.betas)}; both must be below 1"
     if optimizer.momentum == 1:
         yield f"{where}.momentum: 1; it must be below 1"
-    if optimizer.name != "muon" and "momentum" in optimizer.model_fields_set:
+    if optimizer.name != "muon" and optimizer.momentum is not None:
         yield f"{where}.momentum: has no effect with {optimizer.name}; remove it, or set name: muon"

@@ -18,6 +18,7 @@ from distill.spec.model import OptimizerSpec
 LEAST_8BIT = 4096  # elements; bitsandbytes keeps the moments of smaller parameters in float32
 BLOCK_8BIT = 256  # elements that share a scale
 FLOAT = 4  # bytes of a float32
+MOMENTUM = 0.95  # of muon, unless the spec says otherwise
 FACTOR = "lr_factor"  # key in a parameter group: the factor of the stage's learning rate
 
 Groups = Sequence[dict[str, Any]]  # parameter groups, as torch.optim takes them
@@ -138,7 +139,7 @@ def _muon(spec: OptimizerSpec, groups: Groups) -> torch.optim.Optimizer:
         groups,
         lr=spec.lr,
         weight_decay=spec.weight_decay,
-        momentum=spec.momentum,
+        momentum=MOMENTUM if spec.momentum is None else spec.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
 

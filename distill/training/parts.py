@@ -9,23 +9,23 @@ from distill.training.checkpoint_files import PieceMeta
 
 
 @dataclass(frozen=True)
-class Parts:
+class RankParts:
     """Tensors by name. Those in `pieces` are parts of a tensor: elements of it, flattened, from `start` on."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pieces: Mapping[str, PieceMeta] = field(default_factory=dict)
 
-    def __or__(self, other: "Parts") -> "Parts":
-        return Parts({**self.tensors, **other.tensors}, {**self.pieces, **other.pieces})
+    def __or__(self, other: "RankParts") -> "RankParts":
+        return RankParts({**self.tensors, **other.tensors}, {**self.pieces, **other.pieces})
 
 
-TensorGroup = tuple[str, Parts]  # name of the group, and this rank's parts of it
+TensorGroup = tuple[str, RankParts]  # name of the group, and this rank's parts of it
 
 
-def share_of(tensors: Mapping[str, Tensor], rank: int, size: int) -> Parts:
+def share_of(tensors: Mapping[str, Tensor], rank: int, size: int) -> RankParts:
     """The share of one of `size` ranks of tensors that all of them have whole: about the same bytes for each rank."""
     if size == 1:
-        return Parts(tensors)
+        return RankParts(tensors)
     total = sum(tensor.nbytes for tensor in tensors.values())
     begin, end, at = rank * total // size, (rank + 1) * total // size, 0
     kept: dict[str, Tensor] = {}
@@ -39,4 +39,4 @@ def share_of(tensors: Mapping[str, Tensor], rank: int, size: int) -> Parts:
         elif last > first:
             kept[name] = tensor.reshape(-1)[first:last]
             pieces[name] = PieceMeta(start=first, shape=list(tensor.shape))
-    return Parts(kept, pieces)
+    return RankParts(kept, pieces)

@@ -15,7 +15,7 @@ from distill.spec.model import OptimizerSpec
 from distill.training import optimizers
 from distill.training.averaging import Averaging
 from distill.training.checkpoint_files import GroupReader
-from distill.training.parts import Parts, share_of
+from distill.training.parts import RankParts, share_of
 from distill.training.reach import Reach
 from distill.training.sharding import Held, Sizes
 from distill.training.world import ALONE, World
@@ -116,10 +116,10 @@ class PlainTrainable:
     def whole(self) -> Iterator[None]:
         yield
 
-    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+    def parts(self, own: Mapping[str, Tensor]) -> RankParts:
         return share_of({**own_state(self.module), **own}, self.world.rank, self.world.size)
 
-    def state(self) -> Parts:
+    def state(self) -> RankParts:
         states = {key: self.optimizers.state(p) for key, p in self._parameters.items()}
         found = {f"{key}/{name}": tensor for key, each in states.items() for name, tensor in each.items()}
         return share_of(found, self.world.rank, self.world.size)

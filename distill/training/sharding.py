@@ -16,7 +16,7 @@ from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.checkpoint_files import GroupReader
 from distill.training.optimizers import Optimizers
-from distill.training.parts import Parts
+from distill.training.parts import RankParts
 from distill.training.world import World
 
 Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
@@ -67,13 +67,13 @@ class Trainable(Protocol):
     def whole(self) -> AbstractContextManager[None]:
         """A context in which the module's parameters are whole on every rank."""
 
-    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+    def parts(self, own: Mapping[str, Tensor]) -> RankParts:
         """This rank's part of a state dict whose trained weights are `own`, divided in the same way as `masters`.
 
         All other tensors of the state dict, buffers and frozen parameters, are those of the network.
         """
 
-    def state(self) -> Parts:
+    def state(self) -> RankParts:
         """This rank's part of the optimizer's state, as "PARAMETER/MOMENT". Empty before the first step."""
 
     def load_state(self, group: GroupReader) -> None:

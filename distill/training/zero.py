@@ -22,7 +22,7 @@ from distill.networks.sharing import has_base, is_shared, own_state
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.checkpoint_files import GroupReader, PieceMeta
-from distill.training.parts import Parts, share_of
+from distill.training.parts import RankParts, share_of
 from distill.training.plain import PLAIN, PlainTrainable
 from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
@@ -158,10 +158,10 @@ class ZeroTrainable(PlainTrainable):
         found += [flat.grad for flat in self._flats if flat.grad is not None]
         return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
 
-    def parts(self, own: Mapping[str, Tensor]) -> Parts:
+    def parts(self, own: Mapping[str, Tensor]) -> RankParts:
         return self._unmoved() | self._divided("", own)
 
-    def _unmoved(self) -> Parts:
+    def _unmoved(self) -> RankParts:
         """This rank's share of what is not trained. In stage 3, each rank takes whole tensors, which all gather."""
         own = {key: tensor for key, tensor in own_state(self.module).items() if key not in self.shapes}
         if self.stage < 3:
@@ -172,9 +172,9 @@ class ZeroTrainable(PlainTrainable):
             with _deepspeed().zero.GatheredParameters(frozen):
                 if number % self.world.size == self.world.rank:
                     found[key] = (*frozen, tensor)[0].detach().cpu().clone()
-        return Parts(found)
+        return RankParts(found)
 
-    def _divided(self, moment: str, own: Mapping[str, Tensor]) -> Parts:
+    def _divided(self, moment: str, own: Mapping[str, Tensor]) -> RankParts:
         """This rank's parts of tensors that are divided like `masters`. moment: what to add to their names."""
         if self.stage == 0:
             whole = {key + moment: tensor.view(self.shapes[key]) for key, tensor in own.items()}
@@ -188,18 +188,18 @@ class ZeroTrainable(PlainTrainable):
             else:
                 tensors[key + moment] = tensor
                 pieces[key + moment] = PieceMeta(start=self._parts[key].start, shape=list(shape))
-        return Parts(tensors, pieces)
+        return RankParts(tensors, pieces)
 
-    def state(self) -> Parts:
+    def state(self) -> RankParts:
         moments = [self._moments(flat) for flat in self._keys()]
         if not all(moments):
-            return Parts()  # before the first step
-        found = Parts()
+            return RankParts()  # before the first step
+        found = RankParts()
         for name in MOMENTS:
             flats = [moment[name] for moment in moments]
             found |= self._divided(f"/{name}", {key: part.of(flats) for key, part in self._parts.items()})
         if self.world.first:
-            found |= Parts({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
+            found |= RankParts({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
         return found
 
     def load_state(self, group: GroupReader) -> None:
