@@ -143,6 +143,8 @@ def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] 
     tell: prints a message; given for a rank or a process of a job. System errors then keep their traceback. System
     errors in a user's own recipe always keep it, since its author needs to see the line.
     """
+    # PEFT and diffusers import bitsandbytes if it is installed, and it warns of optional packages of its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     printing.prepare()
     code = 0
     try:
@@ -247,8 +249,6 @@ def run() -> NoReturn:
     A rank exits with os._exit, without a normal interpreter shutdown: remaining threads of gloo and NCCL can abort it
     (one time in ten with torch 2.14) after all the work is done. A process of a cluster job records how it ended.
     """
-    # PEFT and diffusers import bitsandbytes if it is installed, and it warns of optional packages of its own.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     in_job = tasks.is_task()
     if in_job:
         tasks.adopt()
