@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -74,10 +75,9 @@ def draw(rows: dict[str, list[np.ndarray]], out: Path) -> None:
                 spine.set_visible(False)
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
     for axis, prompt in zip(axes[0], PICTURED, strict=True):
-        words = prompt.replace(" medium", "\nmedium").replace(" position", "\nposition").replace(" cloud", "\ncloud")
-        axis.set_title(words.replace(" clock", "\nclock").replace(" astronaut", "\nastronaut"), fontsize=6)
+        axis.set_title(textwrap.fill(prompt, 13), fontsize=6)
     figure.subplots_adjust(left=0.11, right=0.998, top=0.94, bottom=0.005, hspace=0.04, wspace=0.04)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=78)
 
 
 def main() -> None:
