@@ -73,7 +73,7 @@ def quickstart(part: Part) -> None:
     part.add("seconds of the quickstart", time.monotonic() - began)
     found = load_results(RunPaths(part.out / "runs" / "digits").stage("evaluate"))
     assert found is not None
-    distances = {(row.network, row.steps): row.metrics["FD-digits"] for row in found.rows}
+    distances = {(row.network, row.steps): row.distance for row in found.rows}
     for key in (("teacher", 8), ("one_step", 1)):
         part.add(f"FD-digits of {key[0]} at {key[1]}", distances[key])
     better = distances["one_step", 1] < distances["teacher", 8]
