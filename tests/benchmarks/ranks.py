@@ -8,6 +8,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -31,10 +32,35 @@ BATCH, MICRO, STEPS, WARM = 32, 8, 8, 3
 
 
 GROWN: list[int] = []  # bytes by which this process grew in each copy of its part of a checkpoint
+COPIED: list[float] = []  # seconds of copying the same tensors into buffers that are kept, once for each save
 
 
 class Weighing(Saver):
-    """Notes by how much the process grows when a save copies the tensors."""
+    """Notes by how much the process grows when a save copies the tensors, and what copying them alone takes.
+
+    They are copied just before the save, since afterwards its thread uses the memory, too.
+    """
+
+    kept: ClassVar[list[torch.Tensor]] = []
+
+    def save(self, step, images, groups):
+        began = time.perf_counter()
+        groups = list(groups)
+        gathered = time.perf_counter() - began
+        COPIED.append(self.copying(groups))
+        super().save(step, images, groups)
+        if self._writing is not None:
+            self._writing.standstill += gathered
+
+    def copying(self, groups):
+        tensors = [tensor for _, parts in groups for tensor in parts.tensors.values()]
+        if len(self.kept) != len(tensors):
+            self.kept[:] = [torch.empty_like(tensor, device="cpu") for tensor in tensors]
+            self.copying(groups)  # the memory is made
+        began = time.perf_counter()
+        for ours, theirs in zip(self.kept, tensors, strict=True):
+            ours.copy_(theirs)
+        return time.perf_counter() - began
 
     def _copy(self, groups):
         before = _resident()
@@ -89,32 +115,22 @@ def rank(out, rounds, save, *cases):
                     run=run if me == 0 else None, sharding=sharding, probe=measured,
                 )  # fmt: skip
             groups = list(result.roles.groups()) if save else []
-            copied = copying(groups) if save else None
             own = sum(t.nbytes for _, parts in groups for t in parts.tensors.values())
             result.roles.close()
             begun = [at for _, at in source.times][WARM:]
             seconds = [b - a for a, b in zip(begun, begun[1:], strict=False)]
             saves = [event for event in read_events(run) if event["event"] == "saved"] if me == 0 else []
-            entry = found.setdefault(case, {"seconds": [], "saves": [], "memory": {}, "copying": copied, "own": own})
+            entry = found.setdefault(case, {"seconds": [], "saves": [], "memory": {}, "own": own})
             entry["grown"] = GROWN[0] if GROWN else 0
+            entry["copying"] = COPIED[1:]
             GROWN.clear()
+            COPIED.clear()
+            Weighing.kept.clear()
             entry["seconds"] += seconds if number < rounds - 1 or save else []
             entry["saves"] += saves
             entry["memory"] = probe.report(me)
     Path(out, f"rank-{me}.json").write_text(json.dumps(found))
     return 0
-
-
-def copying(groups):
-    """Least seconds of copying these tensors into memory that is kept."""
-    pairs = [(torch.empty_like(t, device="cpu"), t) for _, parts in groups for t in parts.tensors.values()]
-    taken = []
-    for _ in range(6):
-        began = time.perf_counter()
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])
 
 
 def measure(procs, cases, rounds=3, save=False, keep=None):
@@ -180,7 +196,7 @@ def bench_checkpoint(cases=((1, "plain"), (2, "2"), (2, "3"))) -> str:
                         file.flush()
                         os.fsync(file.fileno())
                 taken.append(time.perf_counter() - began)
-        size, plain, copied = sum(map(len, files)), statistics.median(taken), found["copying"]
+        size, plain, copied = sum(map(len, files)), statistics.median(taken), min(found["copying"])
         first, *later = found["saves"]
         still, saved = (min(save[name] for save in later) for name in ("standstill", "seconds"))
         weights = (
