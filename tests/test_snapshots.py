@@ -73,16 +73,16 @@ def test_a_kill_between_checkpoint_and_snapshot_loses_no_snapshot(tmp_path, whol
     assert kept(tmp_path) == kept(whole[0])
 
 
-def test_another_length_is_close_to_the_one_that_was_kept_in_training(whole):
+def test_another_length_is_close_to_the_one_that_was_kept_in_training(whole, tmp_path):
     folder, result = whole
     student = result.roles.networks["student"]
     names = {name for name, _ in student.named_parameters()}
-    made, images = snapshots.synthesize(folder / "stages/train/snapshots", [*KEPT, 0.15], 0.15, names)
+    made, images = snapshots.synthesize(folder / "stages/train/snapshots", 0.15, names)
     direct = averages(result.roles)
     assert images == 1024 and made.keys() == direct[0.15].keys()
     torch.testing.assert_close(made, direct[0.15], rtol=1e-5, atol=1e-6)
-    folder = folder / "stages" / "train" / "snapshots"
-    for name, tensor in snapshots.synthesize(folder, KEPT, 0.15, names)[0].items():
+    walk(tmp_path)  # the same training, without this length
+    for name, tensor in snapshots.synthesize(tmp_path / "stages/train/snapshots", 0.15, names)[0].items():
         if name not in names:
             assert torch.equal(tensor, direct[0.15][name])
             continue
@@ -94,13 +94,13 @@ def test_a_damaged_snapshot_is_named(tmp_path):
     walk(tmp_path)
     folder = tmp_path / "stages" / "train" / "snapshots"
     with pytest.raises(InputError, match=r"there are no snapshots in .*/nothing yet; wait for the first one"):
-        snapshots.synthesize(tmp_path / "nothing", KEPT, 0.15, set())
+        snapshots.synthesize(tmp_path / "nothing", 0.15, set())
     file = folder / "step-00000016" / f"{ema_group('student', 0.1)}.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(
         InputError, match=r"snapshot .*step-00000016 is damaged \(.*: wrong checksum\), and averages of"
     ):
-        snapshots.synthesize(folder, KEPT, 0.15, set())
+        snapshots.synthesize(folder, 0.15, set())
 
 
 def test_frozen_weights_are_those_of_the_last_snapshot(tmp_path):
@@ -113,7 +113,7 @@ def test_frozen_weights_are_those_of_the_last_snapshot(tmp_path):
             return roles
 
     result = walk(tmp_path, recipe=Partly())
-    made, _ = snapshots.synthesize(tmp_path / "stages/train/snapshots", KEPT, 0.2, {"layers.3.weight", "layers.3.bias"})
+    made, _ = snapshots.synthesize(tmp_path / "stages/train/snapshots", 0.2, {"layers.3.weight", "layers.3.bias"})
     student = result.roles.networks["student"].state_dict()
     for name in ("layers.0.weight", "layers.0.bias", "calls"):
         assert torch.equal(made[name], student[name])

@@ -225,9 +225,9 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
         seed=work.seed,
         device=work.device,
         world=work.world,
+        step=0 if training.data is None else DataSource(training.data, stage.batch_size, work.seed).largest_step,
         blocks=_blocks(work),
         spare=training.spare,
-        step=0 if training.data is None else DataSource(training.data, stage.batch_size, work.seed).largest_step,
     )
 
 
@@ -300,7 +300,7 @@ def _export(
     saved = work.run.stage(work.name)
     if isinstance(weights, float) and _needs_snapshots(stage, weights):
         names = {name for name, p in student.named_parameters(remove_duplicate=False) if p.requires_grad}
-        tensors, images = snapshots.synthesize(saved.snapshots, stage.ema_lengths, weights, names)
+        tensors, images = snapshots.synthesize(saved.snapshots, weights, names)
     else:
         average = None if weights == "raw" else weights
         tensors, images = checkpoint.weights(saved.checkpoints, "student", average, step)

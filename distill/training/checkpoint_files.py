@@ -61,6 +61,11 @@ def ema_group(network: str, half_life: float) -> str:
     return f"ema.{network}.{float(half_life)!r}"
 
 
+def length_of_group(group: str) -> float:
+    """The half-life or length of the averages in a group that `ema_group` named."""
+    return float(group.split(".", 2)[2])
+
+
 class PieceMeta(BaseModel):
     """Which part of a tensor a file has: elements from `start` on of the flattened tensor, whose shape is `shape`."""
 

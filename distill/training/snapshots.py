@@ -27,6 +27,7 @@ from distill.training.checkpoint_files import (
     complete,
     ema_group,
     group_of,
+    length_of_group,
     remove,
     step_of,
     store,
@@ -82,18 +83,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def synthesize(folder: Path, kept: Sequence[float], length: float, names: set[str]) -> tuple[dict[str, Tensor], int]:
+def synthesize(folder: Path, length: float, names: set[str]) -> tuple[dict[str, Tensor], int]:
     """The student's state dict with weights averaged over a length, and the number of images of the last snapshot.
 
     InputError if there are no snapshots, or one is damaged.
 
-    kept: the lengths of the averages in the snapshots. names: of the trained weights; all other tensors are those of
-    the last snapshot.
+    names: of the trained weights; all other tensors are those of the last snapshot.
     """
     found = [_read(path) for path in reversed(complete(folder))]
     if not found:
         raise InputError(f"there are no snapshots in {folder} yet; wait for the first one")
     images = found[-1].meta.images
+    kept = sorted({length_of_group(group_of(file)) for file in found[-1].meta.files})
     parts = [(each, width) for each in found for width in kept]
     shares = mixture([(each.meta.images, width) for each, width in parts], images, length)
     whole = found[-1].tensors(ema_group("student", kept[-1]))
