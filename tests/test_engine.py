@@ -7,7 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from programs.train_vector import Alternating, FlowMatching, NoInit, Ring, Vector, averages, stage, train
+from programs.train_vector import (
+    Alternating,
+    FlowMatching,
+    KilledAt,
+    KilledError,
+    NoInit,
+    Ring,
+    Vector,
+    averages,
+    stage,
+    train,
+)
 from torch import nn
 
 from distill.core.errors import InputError, RunError
@@ -303,15 +314,6 @@ def test_a_non_finite_first_step_says_there_is_no_checkpoint(tmp_path):
     [(FlowMatching(dropout=0.3), 96), pytest.param(Alternating(dropout=0.3), 48, marks=pytest.mark.long)],
 )
 def test_resuming_after_any_step_changes_no_bit(tmp_path, recipe, images):
-    class KilledError(Exception):
-        pass
-
-    class KilledAt(Ring):
-        def batch(self, step, rows):
-            if step == self.fault:
-                raise KilledError
-            return Ring.batch(Ring(), step, rows)
-
     whole = train(tmp_path / "whole", recipe, micro_batch=8, images=images)
     for step in range(1, whole.step):
         folder = tmp_path / str(step)

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from programs.train_vector import FlowMatching, Ring, Vector, train
+from programs.train_vector import FlowMatching, KilledAt, KilledError, Vector, train
 from test_engine import assert_same, bits, saved
 from torch import nn
 
@@ -115,15 +115,6 @@ def test_8_bits_keep_small_weights_exact_and_large_ones_close():
 
 @pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
 def test_resuming_changes_no_bit(tmp_path, name):
-    class KilledError(Exception):
-        pass
-
-    class KilledAt(Ring):
-        def batch(self, step, rows):
-            if step == self.fault:
-                raise KilledError
-            return Ring.batch(Ring(), step, rows)
-
     optimizer = {"name": name, "lr": 0.01, "weight_decay": 0.01}
     whole = train(tmp_path / "whole", Wide(), images=80, optimizer=optimizer)
     with pytest.raises(KilledError):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from programs.train_vector import FlowMatching, Ring, averages, train
+from programs.train_vector import FlowMatching, KilledAt, KilledError, averages, train
 
 from distill.core.errors import InputError
 from distill.training import checkpoint_files, snapshots
@@ -29,17 +29,6 @@ def kept(folder):
     """Bytes of the snapshots' tensors, by step and file."""
     found = checkpoint_files.complete(folder / "stages" / "train" / "snapshots")
     return {f"{path.name}/{file.name}": file.read_bytes() for path in found for file in path.glob("*.safetensors")}
-
-
-class KilledError(Exception):
-    pass
-
-
-class KilledAt(Ring):
-    def batch(self, step, rows):
-        if step == self.fault:
-            raise KilledError
-        return Ring.batch(Ring(), step, rows)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,19 @@ class Ring:
         return Batch(data=data[rows.start : rows.stop], pairs=None, cond={})
 
 
+class KilledError(Exception):
+    """Ends a training as if its process had been killed."""
+
+
+class KilledAt(Ring):
+    """Raises KilledError at the step `fault`."""
+
+    def batch(self, step, rows):
+        if step == self.fault:
+            raise KilledError
+        return Ring.batch(Ring(), step, rows)
+
+
 class Noting(Ring):
     """Adds a line to a file at each step that it is asked for."""
 
