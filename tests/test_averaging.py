@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing, nn
 
 from distill.training import averaging
@@ -40,7 +41,7 @@ def on_rank(rank: int, folder: str) -> None:
         ours.send_rest()
         assert len(ours._works) == 4
         ours.wait()
-        torch.save([p.grad for p in layers.parameters()], f"{folder}/{rank}-{step}.pt")
+        save_file({name: p.grad for name, p in layers.named_parameters()}, f"{folder}/{rank}-{step}.safetensors")
         layers.zero_grad(set_to_none=True)
     distributed.destroy_process_group()
 
@@ -49,10 +50,12 @@ def test_gradients_are_the_mean_even_if_a_rank_does_not_compute_all(tmp_path):
     multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
     layers = network()
     (sum(loss(layers, rank, micro) for rank in range(2) for micro in range(2)) / 2).backward()
-    expected = [torch.zeros(WIDTH, WIDTH) if p.grad is None else p.grad for p in layers.parameters()]
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layers.named_parameters()}
     for step in range(2):
         for rank in range(2):
-            torch.testing.assert_close(torch.load(tmp_path / f"{rank}-{step}.pt"), expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                load_file(tmp_path / f"{rank}-{step}.safetensors"), expected, rtol=1e-6, atol=1e-6
+            )
 
 
 def on_rank_with_all(rank: int, folder: str) -> None:

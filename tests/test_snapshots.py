@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from programs.train_vector import FlowMatching, KilledAt, KilledError, averages, train
+from programs.train_vector import Alternating, FlowMatching, KilledAt, KilledError, averages, train
 
 from distill.core.errors import InputError
 from distill.training import checkpoint_files, snapshots
@@ -42,6 +42,14 @@ def test_a_snapshot_is_kept_at_each_interval_though_checkpoints_are_deleted(whol
     names = [f"{ema_group('student', length)}.safetensors" for length in (*KEPT, 0.15)]
     assert sorted(kept(folder)) == sorted(f"step-{8 * k:08d}/{name}" for k in range(1, 9) for name in names)
     assert [path.name for path in checkpoint_files.complete(folder / "stages/train/checkpoints")] == ["step-00000064"]
+
+
+def test_steps_of_other_networks_make_no_snapshots(tmp_path):
+    """The critic moves three times as often as the student: the same number of images is seen in three steps."""
+    walk(tmp_path, recipe=Alternating(), images=96, ema_snapshots=32)
+    found = checkpoint_files.complete(tmp_path / "stages" / "train" / "snapshots")
+    images = [checkpoint_files.read_meta(path).images for path in reversed(found)]
+    assert images == [32, 64, 96]
 
 
 def test_kills_change_no_bit_of_the_snapshots(whole, tmp_path):

@@ -172,6 +172,7 @@ def _claimed(run: RunPaths, name: str) -> Iterator[Path]:
             "stop it"
         )
     with claims.claim(lock):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         yield folder

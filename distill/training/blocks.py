@@ -70,8 +70,9 @@ def compile_networks(networks: Iterable[nn.Module]) -> None:
     for network in networks:
         parts = [each for each in network.modules() if isinstance(each, ModelMixin)]
         outer = [part for part in parts if not any(part is not each and part in each.modules() for each in parts)]
-        for part in outer or [network]:
-            names = getattr(part, "_repeated_blocks", None) or ()
-            blocks = [each for each in part.modules() if type(each).__name__ in names]
+        if not outer:
+            network.compile()
+        for part in outer:
+            blocks = [each for each in part.modules() if type(each).__name__ in (part._repeated_blocks or ())]
             for each in blocks or [part]:
                 each.compile()

@@ -90,7 +90,7 @@ def to_stderr(text: str) -> None:
     say_error(f"warning: {text}")
 
 
-def ofstep_of(folder: Path, step: int) -> Checkpoint:
+def of_step(folder: Path, step: int) -> Checkpoint:
     """The checkpoint after `step` steps, verified. InputError if it is damaged or does not exist."""
     for path in complete(folder):
         if step_of(path) == step:
@@ -116,7 +116,7 @@ def weights(
     half_life: None for the raw weights, else one of the stage's `ema_half_lives`, in images.
     step: use the checkpoint of this step instead of the newest.
     """
-    found = latest(folder, warn) if step is None else ofstep_of(folder, step)
+    found = latest(folder, warn) if step is None else of_step(folder, step)
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
     group = network_group(network) if half_life is None else ema_group(network, half_life)
@@ -212,7 +212,7 @@ class Checkpoints:
         """Whether it is time to save, by the images or the minutes since the last save began."""
         by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images
         by_time = self.spec.minutes is not None and time.monotonic() - self._time >= 60 * self.spec.minutes
-        is_kept = self._kept is not None and self._kept.due(images)
+        is_kept = self._kept is not None and images > self._images and self._kept.due(images)
         return by_images or by_time or is_kept
 
     def began(self, images: int) -> None:

@@ -28,6 +28,7 @@ from distill.training.checkpoint_files import (
     ema_group,
     group_of,
     length_of_group,
+    read_meta,
     remove,
     step_of,
     store,
@@ -54,9 +55,9 @@ class Snapshots:
         return images % self.every < self.batch or images >= self.total
 
     def keep(self, checkpoint: Path, meta: Meta) -> None:
-        """Make the snapshot of a complete checkpoint, unless it is not due or exists."""
+        """Make the snapshot of a complete checkpoint, unless it is not due, or there is one after as many images."""
         path = self.folder / checkpoint.name
-        if not self.due(meta.images) or path.is_dir():
+        if not self.due(meta.images) or path.is_dir() or self._newest() == meta.images:
             return
         groups = {ema_group("student", length) for length in self.lengths}
         names = [name for name in meta.files if group_of(name) in groups]
@@ -65,6 +66,13 @@ class Snapshots:
                 _link(checkpoint / name, new / name)
             own = meta.model_copy(update={"files": {name: meta.files[name] for name in names}}).sealed()
             store(new / "meta.json", own.model_dump_json(indent=2).encode())
+
+    def _newest(self) -> int | None:
+        """The images of the newest snapshot; None if there is none, or it is damaged, as `synthesize` will say."""
+        try:
+            return next((read_meta(path).images for path in complete(self.folder)), None)
+        except Damaged:
+            return None
 
     def resume(self, found: Checkpoint | None) -> None:
         """Remove the snapshots of later steps, which are made again, and make that of the checkpoint if it is due."""
