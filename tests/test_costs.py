@@ -11,15 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from distill.core.errors import InputError
-from distill.execution.model_costs import Growth, NetworkCosts, costs_of, count_network, process_memory
+from distill.execution.layouts import process_memory
+from distill.execution.rehearsal import Growth, TrainingCosts, UpdateCosts, forward_operations, in_float32_norms
 from distill.plans import costs, device_kinds, facts
 from distill.plans.costs import Assumptions, Machines, StepTime, StepWork, sent_bytes
-from distill.spec.model import LaunchSpec
-from distill.students.lora_start import attention_layers
+from distill.spec.model import CheckpointTeacher, LaunchSpec
 from distill.teachers.architectures import known
 from distill.teachers.convention import Asked
+from distill.teachers.of_facts import teacher_of
 from distill.training import blocks, memory
-from distill.training.counting import count
+from distill.training.counting import count_forward, count_turn
 from distill.training.plain import PLAIN
 from distill.training.zero import Zero
 
@@ -74,38 +75,45 @@ def u_net():
 NETWORKS = {"dit": dit, "sd3": sd3, "u-net": u_net}
 
 
-def counted(build, *, bf16, recompute):
+def counted(build, samples=1, *, bf16, recompute):
+    """(operations without gradients, counts with them) of a call."""
     network, call = build()
     network.train()
     if recompute:
         blocks.recompute("", [network])
-    return count_network(network, call, bf16=bf16)
+    if bf16:
+        in_float32_norms([network])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+        return count_forward(lambda: call(samples)), count_turn(lambda: call(samples))
 
 
 def test_operations_of_a_linear_layer():
     layer = nn.Linear(5, 7)
-    found = count(lambda: layer(torch.zeros(3, 5)))
-    assert found.forward == 2 * 3 * 5 * 7
-    assert found.training == 2 * found.forward  # no gradient of the input is needed
+    forward, turn = count_forward(lambda: layer(torch.zeros(3, 5))), count_turn(lambda: layer(torch.zeros(3, 5)))
+    assert forward == 2 * 3 * 5 * 7
+    assert turn.operations == 2 * forward  # no gradient of the input is needed
     deep = nn.Sequential(nn.Linear(5, 5, bias=False), layer)
-    assert count(lambda: deep(torch.zeros(3, 5))).training == 2 * 2 * 3 * 5 * 5 + 3 * found.forward
-    assert found.activations == 4 * 3 * 5  # the input
+    assert count_turn(lambda: deep(torch.zeros(3, 5))).operations == 2 * 2 * 3 * 5 * 5 + 3 * forward
+    assert turn.activations == 4 * 3 * 5  # the input
 
 
 def test_operations_of_a_convolution():
     layer = nn.Conv2d(3, 8, 3, padding=1)
-    found = count(lambda: layer(torch.zeros(2, 3, 10, 6)))
-    assert found.forward == 2 * 2 * 10 * 6 * 8 * 3 * 3 * 3
-    assert found.training == 2 * found.forward
+    forward = count_forward(lambda: layer(torch.zeros(2, 3, 10, 6)))
+    assert forward == 2 * 2 * 10 * 6 * 8 * 3 * 3 * 3
+    assert count_turn(lambda: layer(torch.zeros(2, 3, 10, 6))).operations == 2 * forward
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(6, 6, dtype=torch.bool)])
 def test_operations_of_attention(mask):
     """Two products forward; backward four, and the first one again."""
     x = torch.zeros(2, 4, 6, 8, requires_grad=True)
-    found = count(lambda: functional.scaled_dot_product_attention(x, x, x, attn_mask=mask))
-    product = 2 * 2 * 4 * 6 * 6 * 8
-    assert (found.forward, found.training) == (2 * product, (2 + 5) * product)
+
+    def call():
+        return functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    product, found = 2 * 2 * 4 * 6 * 6 * 8, count_turn(call)
+    assert (count_forward(call), found.operations) == (2 * product, (2 + 5) * product)
     inputs, rows = x.nbytes, 2 * 4 * 6
     assert found.activations == 2 * inputs + 4 * rows + (0 if mask is None else 4 * mask.numel())
 
@@ -114,33 +122,25 @@ def test_operations_of_attention(mask):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 def test_tensors_without_values_count_as_real_ones(build, bf16, recompute):
-    with FakeTensorMode():
-        pretended = counted(build, bf16=bf16, recompute=recompute)
-    real = counted(build, bf16=bf16, recompute=recompute)
-    assert replace(pretended, activations=real.activations) == real
-    for samples in (1, 2, 5):
-        assert pretended.activations.of(samples) == pytest.approx(real.activations.of(samples), rel=0.1)
-
-
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_activations_of_more_samples_are_known_from_two(build):
-    network, call = build()
-    assert counted(build, bf16=False, recompute=False).activations.of(5) == pytest.approx(
-        count(lambda: call(5)).activations, rel=0.01
-    )
+    for samples in (1, 5):
+        with FakeTensorMode():
+            forward, pretended = counted(build, samples, bf16=bf16, recompute=recompute)
+        expected, real = counted(build, samples, bf16=bf16, recompute=recompute)
+        assert (forward, pretended.operations) == (expected, real.operations)
+        assert pretended.activations == pytest.approx(real.activations, rel=0.1)
 
 
 @pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
 def test_recomputation_keeps_less_and_computes_more(build):
-    kept, again = (counted(build, bf16=False, recompute=each) for each in (False, True))
-    assert again.activations.of(4) < 0.7 * kept.activations.of(4)
-    assert kept.training < again.training <= kept.training + kept.forward
-    assert again.forward == kept.forward
+    (forward, kept), (same, again) = (counted(build, 4, bf16=False, recompute=each) for each in (False, True))
+    assert again.activations < 0.7 * kept.activations
+    assert kept.operations < again.operations <= kept.operations + forward
+    assert same == forward
 
 
 def test_norms_are_in_float32_under_autocast_as_on_gpus():
     network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    count_network(network, lambda samples: network(torch.zeros(samples, 4)), bf16=True)
+    in_float32_norms([network])
     seen = []
     network[1].register_forward_hook(lambda *each: seen.append(each[2].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -179,8 +179,9 @@ def small(name):
     return facts.facts_of(name).model_copy(update=change)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_published_model_is_called_as_its_convention_says(name):
+def test_a_published_model_is_called_as_its_convention_says(name, dtype):
     model = small(name)
     network, convention = getattr(diffusers, model.network)(**model.config).train(), known()[model.network]
     cond = {
@@ -189,29 +190,34 @@ def test_a_published_model_is_called_as_its_convention_says(name):
     }
     constants = convention.constants(network.config, Asked((128, 128)))
     cond |= {key: each.expand(3, *each.shape) for key, each in constants.items()}
-    real = count(lambda: convention.call(network, torch.zeros(3, 4, 16, 16), torch.ones(3), cond))
-    found = costs_of(model, bf16=False)
-    assert (3 * found.forward, 3 * found.training) == (real.forward, real.training)
-    assert found.activations.of(3) == pytest.approx(real.activations, rel=0.1)
-    assert sum(found.trained) == sum(each.numel() for each in network.parameters())
-    assert found.still == []
+    real = count_forward(lambda: convention.call(network, torch.zeros(3, 4, 16, 16), torch.ones(3), cond))
+    found = teacher_of(model, CheckpointTeacher(path="a/b", dtype=dtype))
+    assert 3 * forward_operations(found) == real
+    assert all(each.is_meta and str(each.dtype) == f"torch.{dtype}" for each in found.network.parameters())
+    assert (found.shape, found.description) == ((4, 16, 16), model.title)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux.1-dev"])
-def test_adapters_are_trained_in_the_attention_alone(name):
-    model, rank = small(name), 2
-    whole, found = costs_of(model, bf16=False), costs_of(model, bf16=False, lora_rank=rank)
-    network = getattr(diffusers, model.network)(**model.config)
-    layers = [network.get_submodule(each) for each in attention_layers(network)]
-    assert sum(found.trained) == sum(rank * (each.in_features + each.out_features) for each in layers)
-    assert sum(found.still) == sum(whole.trained)
-    assert found.forward > whole.forward and found.training < whole.training
+def test_a_model_makes_samples_of_the_size_that_is_asked_for(name):
+    assert teacher_of(small(name), CheckpointTeacher(path="a/b", size=[64, 96])).shape == (4, 8, 12)
+    with pytest.raises(InputError, match=r"teacher.size: .* makes samples of size \[height, width\]; give 2 numbers"):
+        teacher_of(small(name), CheckpointTeacher(path="a/b", size=[5, 64, 96]))
+
+
+def test_a_video_has_a_latent_frame_for_every_four():
+    model = facts.facts_of("wan2.1-1.3b").model_copy(
+        update={"config": {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16}}
+    )
+    assert teacher_of(model, CheckpointTeacher(path="a/b", size=[9, 64, 96])).shape == (16, 3, 8, 12)
 
 
 # --- memory ---
 
-TRAINED, STILL = [100, 7], [20]
-COSTS = NetworkCosts(TRAINED, STILL, 10, 30, Growth(64, 1000))
+TRAINED, STILL = {"student": [100, 7]}, {"student": [20]}
+COSTS = TrainingCosts(
+    TRAINED, STILL, copies=[], averages=2, moments=None, frozen=500, shared=False, updates={"student": 1},
+    teacher_calls=0, steps={again: UpdateCosts(30.0, Growth(64, each)) for again, each in ((False, 1000), (True, 10))},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -225,22 +231,23 @@ COSTS = NetworkCosts(TRAINED, STILL, 10, 30, Growth(64, 1000))
 )
 @pytest.mark.parametrize("procs", [1, 2, 4])
 def test_memory_is_that_of_the_prediction_and_activations(options, sharding, procs):
-    found = process_memory({"student": COSTS}, LaunchSpec(procs=procs, **options), 3, averages=2, frozen=500)
-    expected = memory.predict({"student": TRAINED}, [], 2, procs, sharding, {"student": STILL})
+    found = process_memory(COSTS, LaunchSpec(procs=procs, **options), 3)
+    expected = memory.predict(TRAINED, [], 2, procs, sharding, STILL)
     assert found == {**expected, "frozen": 500, "activations": 64 + 3 * 1000}
 
 
-def test_what_is_offloaded_or_divided_leaves_the_gpu():
-    launch = LaunchSpec(procs=2, zero_stage=3, divide_teacher=True, offload_optimizer=True)
-    found = process_memory({"student": COSTS}, launch, 1, frozen=500)
-    assert (found["optimizer"], found["frozen"]) == (0, 250)
+def test_what_is_offloaded_divided_or_recomputed_leaves_the_gpu():
+    launch = LaunchSpec(
+        procs=2, zero_stage=3, divide_teacher=True, offload_optimizer=True, activation_checkpointing=True
+    )
+    found = process_memory(COSTS, launch, 1)
+    assert (found["optimizer"], found["frozen"], found["activations"]) == (0, 250, 74)
 
 
 @pytest.mark.parametrize(("stage", "moments"), [(None, 2), (1, 3), (3, 3)])  # ZeRO has master weights, too
 def test_a_process_updates_the_weights_whose_moments_it_has(stage, moments):
-    launch = LaunchSpec(procs=2, zero_stage=stage)
-    held = process_memory({"student": COSTS}, launch, 1)["optimizer"]
-    assert held == moments * 4 * costs.updated_weights(stage, 2, TRAINED)
+    held = process_memory(COSTS, LaunchSpec(procs=2, zero_stage=stage), 1)["optimizer"]
+    assert held == moments * 4 * costs.updated_weights(stage, 2, TRAINED["student"])
 
 
 # --- communication and time ---
@@ -312,6 +319,27 @@ def test_a_kind_of_gpus_is_plausible_and_has_a_source(name):
     assert kind.peaks["bf16"] > 1.9 * kind.peaks["tf32"] and kind.peaks["tf32"] >= kind.peaks["fp32"]
     assert kind.bandwidth > kind.link > kind.network
     assert f"{kind.memory // 10**9} GB" in kind.title and "NVIDIA" in kind.source and "network" in kind.source
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name"), [("8xh100", 8, "h100"), ("4x80GB", 4, "a100-80gb"), ("1x24GB", 1, "rtx-4090")]
+)
+def test_gpus_are_given_by_their_kind_or_their_memory(text, count, name):
+    assert device_kinds.gpus_of(text) == (count, device_kinds.kind_of(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h100", "h100 given; valid: the GPUs of a node, like 8xh100 or, with their memory alone, 8x80GB"),
+        ("0xh100", "0xh100 given"),
+        ("8xv100", "no kind of GPU 'v100' is known"),
+        ("8x79GB", "no kind of GPU with 79GB is known; valid: 24GB, 40GB, 48GB, 80GB, 141GB, 180GB"),
+    ],
+)
+def test_other_gpus_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        device_kinds.gpus_of(text)
 
 
 def test_an_unknown_kind_is_refused():

@@ -1,21 +1,24 @@
 """Which ways to train fit into the memory of given GPUs, against calculations by hand."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from programs import plans_table
 
-from distill.execution.layouts import RESERVE, TrainingJob, fitting_layouts
-from distill.execution.model_costs import Growth, NetworkCosts
+from distill.execution.layouts import RESERVE, TrainingJob, fitting_layouts, layout_of
+from distill.execution.rehearsal import Growth, TrainingCosts, UpdateCosts
 from distill.plans.costs import Assumptions, Machines
 from distill.plans.device_kinds import GIGA, kind_of
 from distill.spec.model import LaunchSpec
 from distill.training.choice import stage_of, ways
 
-KEPT = NetworkCosts([GIGA], [], forward=10**12, training=3 * 10**12, activations=Growth(0, 8 * GIGA))
-AGAIN = replace(KEPT, training=4 * 10**12, activations=Growth(0, GIGA))
-ONCE = {"student": 1}
-JOB = TrainingJob({False: {"student": KEPT}, True: {"student": AGAIN}}, 16, {}, ONCE, ONCE, ONCE)
+STEPS = {False: UpdateCosts(3e12, Growth(0, 8 * GIGA)), True: UpdateCosts(4e12, Growth(0, GIGA))}
+COSTS = TrainingCosts(
+    trained={"student": [GIGA]}, still={"student": []}, copies=[], averages=1, moments=None, frozen=0, shared=False,
+    updates={"student": 1}, teacher_calls=0, steps=STEPS,
+)  # fmt: skip
+JOB = TrainingJob(COSTS, batch_size=16, images=1600, precision="bf16")
 WEIGHTS = 4 * 5  # GB of weights, gradients, two moments and an average, of 10^9 weights
 ASSUMED = Assumptions(utilisation=0.5, bandwidth=1.0, hidden=0.5)
 
@@ -31,11 +34,16 @@ def options(layout):
     return layout.launch.model_dump(exclude_defaults=True, exclude={"nodes", "procs"})
 
 
+def layouts(costs, gpus, *, allowed=lambda launch: True):
+    return fitting_layouts({"train": replace(JOB, costs=costs)}, gpus, ASSUMED, allowed)
+
+
 def test_with_memory_enough_nothing_is_divided_or_recomputed():
-    best, *_ = fitting_layouts(JOB, machines(WEIGHTS + 4 * 8), "bf16", ASSUMED)
+    best, *_ = layouts(COSTS, machines(WEIGHTS + 4 * 8))
     assert options(best) == {}
     assert best.needed == (WEIGHTS + 4 * 8) * GIGA
-    assert best.step.compute == 4 * 3e12 / 5e12
+    assert best.trainings["train"].step.compute == 4 * 3e12 / 5e12
+    assert best.seconds == 100 * best.trainings["train"].step.total
 
 
 @pytest.mark.parametrize(
@@ -47,48 +55,63 @@ def test_with_memory_enough_nothing_is_divided_or_recomputed():
     ],
 )
 def test_without_zero_less_memory_means_smaller_micro_batches_then_recomputation(memory, expected):
-    found = [options(each) for each in fitting_layouts(JOB, machines(memory), "bf16", ASSUMED)]
+    found = [options(each) for each in layouts(COSTS, machines(memory))]
     assert [each for each in found if "zero_stage" not in each][0] == expected
 
 
 def test_the_fastest_comes_first():
-    found = fitting_layouts(JOB, machines(WEIGHTS + 8), "bf16", ASSUMED)
-    times = [float(f"{each.step.total:.2g}") for each in found]
+    found = layouts(COSTS, machines(WEIGHTS + 8))
+    times = [float(f"{each.seconds:.2g}") for each in found]
     assert times == sorted(times) and len(times) > 3
     assert all(each.needed <= (WEIGHTS + 8) * GIGA for each in found)
 
 
 def test_zero_makes_fit_what_does_not_fit_otherwise():
     """A quarter of weights, gradients, master weights with two moments, and an average; and gathered weights."""
-    large = {again: {"student": replace(each, trained=[4 * GIGA])} for again, each in ((False, KEPT), (True, AGAIN))}
-    job, smallest = replace(JOB, networks=large), 4 + 4 + 12 + 4 + 4 + 1
-    found = [options(each) for each in fitting_layouts(job, machines(smallest), "bf16", ASSUMED)]
+    large, smallest = replace(COSTS, trained={"student": [4 * GIGA]}), 4 + 4 + 12 + 4 + 4 + 1
+    found = [options(each) for each in layouts(large, machines(smallest))]
     assert {"zero_stage": 3, "activation_checkpointing": True, "micro_batch": 1} in found
     assert all(each["zero_stage"] == 3 for each in found)
-    assert [options(each) for each in fitting_layouts(job, machines(smallest - 1), "bf16", ASSUMED)] == [
+    assert [options(each) for each in layouts(large, machines(smallest - 1))] == [
         {"zero_stage": 3, "offload_optimizer": True, "micro_batch": 1},
         {"zero_stage": 3, "offload_optimizer": True, "activation_checkpointing": True},
     ]
-    assert fitting_layouts(job, machines(smallest - 13), "bf16", ASSUMED) == []
+    assert layouts(large, machines(smallest - 13)) == []
 
 
-def test_the_teacher_and_the_critic_are_counted():
-    networks = {again: {"student": each, "critic": each} for again, each in ((False, KEPT), (True, AGAIN))}
-    job = replace(
-        JOB,
-        networks=networks,
-        forwards={"student": 5, "teacher": 1},
-        trainings={"student": 1, "critic": 11},
+def test_a_section_launch_that_does_not_fit_is_described_too():
+    found = layout_of({"train": JOB}, machines(1), LaunchSpec(procs=4, zero_stage=3, micro_batch="auto"), ASSUMED)
+    assert found.trainings["train"].memory == {
+        "parameters": GIGA, "gradients": GIGA, "optimizer": 3 * GIGA, "ema": GIGA, "frozen": 0,
+        "activations": 8 * GIGA, "gathered": 4 * GIGA,
+    }  # fmt: skip
+
+
+def test_the_critic_and_the_teacher_are_counted():
+    costs = replace(
+        COSTS,
+        trained={"student": [GIGA], "critic": [GIGA]},
+        still={"student": [], "critic": []},
         updates={"student": 1, "critic": 5},
-        kept={"student": 1, "critic": 1},
         frozen=2 * GIGA,
+        steps={False: UpdateCosts(42e12, Growth(0, 8 * GIGA))},
     )
-    assert job.operations(recompute=False) == (6 + 12 * 3) * 10**12
-    assert job.operations(recompute=True) == (6 + 12 * 4) * 10**12
-    best = fitting_layouts(job, machines(200), "bf16", ASSUMED)[0]
-    # Two networks with moments, the gradients of one, an average of the student; activations of both; the teacher.
-    assert best.needed == (8 + 4 + 16 + 4 + 2 * 4 * 8 + 2) * GIGA
-    assert best.step.communication == pytest.approx(6 * 2 * 3 / 4 * 4 * GIGA / 1e12)
+    best = layouts(costs, machines(200))[0]
+    # Two networks with moments, the gradients of one, an average of the student; activations; the teacher.
+    assert best.needed == (8 + 4 + 16 + 4 + 4 * 8 + 2) * GIGA
+    assert best.trainings["train"].step.communication == pytest.approx(6 * 2 * 3 / 4 * 4 * GIGA / 1e12)
+
+
+def test_weights_of_the_teacher_that_are_divided_are_gathered_for_each_call():
+    costs = replace(COSTS, frozen=2 * GIGA, teacher_calls=3)
+    launch = LaunchSpec(procs=4, zero_stage=3, micro_batch=2)
+    whole, divided = (
+        layout_of({"train": replace(JOB, costs=costs)}, machines(1), each, ASSUMED).trainings["train"]
+        for each in (launch, launch.model_copy(update={"divide_teacher": True}))
+    )
+    assert whole.memory["frozen"] == 4 * divided.memory["frozen"] == 2 * GIGA
+    sent = divided.step.communication - whole.step.communication
+    assert sent == pytest.approx(3 / 4 * 2 * 3 * 2 * GIGA / 1e12)
 
 
 def test_weights_that_networks_share_with_the_teacher_are_not_divided():
@@ -96,23 +119,45 @@ def test_weights_that_networks_share_with_the_teacher_are_not_divided():
     assert [stage_of(each) for each in ways(plain, shared=True, teacher=False)] == [None, 1, 2]
     assert [stage_of(each) for each in ways(plain, shared=False, teacher=False)] == [None, 1, 2, 3, 3]
     assert [each.divide_teacher for each in ways(plain, shared=False, teacher=True)] == [False] * 4 + [True] * 2
-    adapters = replace(KEPT, trained=[10**6])
-    job = replace(
-        JOB, networks={False: {"student": adapters}, True: {"student": adapters}}, frozen=2 * GIGA, shared=True
-    )
-    assert {stage_of(each.launch) for each in fitting_layouts(job, machines(200), "bf16", ASSUMED)} == {None, 1, 2}
+    costs = replace(COSTS, trained={"student": [10**6]}, frozen=2 * GIGA, shared=True)
+    assert {stage_of(each.launch) for each in layouts(costs, machines(200))} == {None, 1, 2}
+
+
+def test_what_a_spec_or_its_optimizer_does_not_allow_is_left_out():
+    found = layouts(COSTS, machines(200), allowed=lambda launch: launch.zero_stage != 3)
+    assert {stage_of(each.launch) for each in found} == {None, 1, 2}
+    assert {stage_of(each.launch) for each in layouts(replace(COSTS, moments=GIGA), machines(200))} == {None}
+    without = replace(COSTS, steps={False: STEPS[False]})
+    assert not any(each.launch.activation_checkpointing for each in layouts(without, machines(200)))
+
+
+def test_trainings_of_a_run_have_one_section_launch():
+    """That of 12 samples for each process takes parts of 1, 2 or 4, so that the other with 4 can take them, too."""
+    jobs = {"few": JOB, "many": replace(JOB, batch_size=48, images=4800)}
+    best = fitting_layouts(jobs, machines(WEIGHTS + 4 * 8), ASSUMED)[0]
+    assert options(best) == {"micro_batch": 4}
+    assert best.needed == (WEIGHTS + 4 * 8) * GIGA
+    assert best.seconds == sum(each.seconds for each in best.trainings.values())
+    assert options(fitting_layouts(jobs, machines(WEIGHTS + 12 * 8), ASSUMED)[0]) == {}
 
 
 def test_the_table_of_published_models_says_what_to_launch():
-    adapters = replace(KEPT, trained=[10**6], still=[GIGA])
-    counted = {"whole": KEPT, "whole again": AGAIN, "adapters": adapters, "adapters again": adapters}
-    lines = list(plans_table.table({"sdxl": counted}))
-    assert len(lines) == 2 + 3 * 3
+    job = replace(JOB, batch_size=1024, images=1024)
+    costs = replace(
+        COSTS, trained={"student": [GIGA], "critic": [GIGA]}, still={"student": [], "critic": []},
+        updates={"student": 1, "critic": 5}, frozen=2 * GIGA, steps={False: UpdateCosts(42e12, Growth(0, 16 * GIGA))},
+    )  # fmt: skip
+    lines = list(plans_table.table({"sdxl": {"reflow": job, "dmd2": replace(job, costs=costs)}}))
+    assert len(lines) == 2 + 2 * 3
     # 128 samples of 3e12 operations at 40 % of 989e12 per second; 4 + 4 * 8 GB, an eighth of 16 GB, and 4 GB whole.
     reflow = "`micro_batch: 4`, `zero_stage: 1` | 42.0 GB | 0.972 s | 1,050 | 2.11 |"
     assert lines[2] == f"| SDXL base 1.0 | reflow | 8 | {reflow}"
     # 42e12 operations, and 6 times 2 * 4 GB at 300 GB/s, less half of the time of the operations; two networks, the
     # gradients of one, the teacher, and the activations of two calls.
     assert lines[-1] == "| SDXL base 1.0 | dmd2 | 1,024 | `zero_stage: 1` | 30.0 GB | 0.213 s | 4,810 | 59.2 |"
-    huge = {name: replace(each, trained=[10**12]) for name, each in counted.items()}
-    assert "| SDXL base 1.0 | reflow | 8 | does not fit | | | | |" in plans_table.table({"sdxl": huge})
+    huge = replace(job, costs=replace(COSTS, trained={"student": [10**12]}))
+    assert "| SDXL base 1.0 | reflow | 8 | does not fit | | | | |" in plans_table.table({"sdxl": {"reflow": huge}})
+
+
+def test_counts_are_read_as_they_were_written():
+    assert plans_table.job_of(json.loads(json.dumps(asdict(JOB)))) == JOB

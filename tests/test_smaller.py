@@ -14,7 +14,7 @@ from torch import nn
 
 from distill.core.errors import InputError
 from distill.exchange.student_card import StudentCard
-from distill.execution import preflight
+from distill.execution import building
 from distill.networks.edm_unet import SongUNet2DModel
 from distill.networks.smaller import inheritance, smaller, spaced
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
@@ -241,7 +241,7 @@ def test_networks_that_cannot_be_called_are_refused(tmp_path):
 
 def test_a_flow_map_is_no_origin(teacher):
     made = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher).flow_map()
-    origin = preflight._pretend(made, StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher))
+    origin = building.untrained(made, StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher))
     with pytest.raises(InputError, match="no smaller student can be made of a student, because it is a flow map"):
         students.check(origin, {"num_layers": 2})
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli import start
+from distill.cli import gpu_fit, start
 from distill.cli.common import StoreOption, near, print_table, site_setting, store_path
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
 from distill.core.errors import InputError
 from distill.core.printing import say
-from distill.core.space import human
 from distill.core.text import expanded, suggest
 from distill.runs.run_store import RunPaths, find_run
 
@@ -154,10 +153,15 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job scripts and write nothing. Works without Slurm.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Submit even if a training cannot fit into the GPUs of the site file.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     """Submit a spec to Slurm: check it, create the run, and submit its stages as jobs with dependencies."""
     check_code(code)
+    if force and resume:
+        raise InputError("--force has no effect with --resume; leave it out")
     asked = JobOptions(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -173,11 +177,11 @@ def submit(
     changes = [*asked.changes(), *(changes or [])]
     where, folder = found_site(site), store_path(store)
     if dry_run:
-        _dry_run(folder, spec, changes, name, where, resume, code)
+        _dry_run(folder, spec, changes, name, where, resume, code, force=force)
     elif resume:
         submit_again(folder, *start.find_again(folder, spec, changes, name), where, code)
     else:
-        submit_new(folder, start.find(spec, changes, name), where, code)
+        submit_new(folder, start.find(spec, changes, name), where, code, force=force)
 
 
 def check_code(code: str) -> None:
@@ -194,17 +198,23 @@ def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
 
 
 def submit_new(
-    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource", code: str
+    folder: Path,
+    source: "distill.spec.specfile.SpecSource",
+    site: "distill.launch.sites.SiteSource",
+    code: str,
+    *,
+    force: bool,
 ) -> None:
-    """Create the run of a spec, and submit all its stages."""
+    """Create the run of a spec, and submit all its stages. force: even if its trainings cannot fit into the GPUs."""
     from distill.execution import prefetch
     from distill.launch import queue, snapshot
     from distill.runs import claims
 
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
-    ready = start.checked(source, here=False, store=folder, new=True)
-    _say_memory(ready)
+    counter = gpu_fit.counter(source, site)
+    ready = start.checked(source, here=False, store=folder, new=True, visit=counter)
+    gpu_fit.report(ready, counter, site, force=force)
     source = replace(source, spec=ready.resolved.spec)
     del ready  # frees its networks
     found = prefetch.resolve(source.spec, folder)
@@ -304,6 +314,8 @@ def _dry_run(
     site: "distill.launch.sites.SiteSource",
     resume: bool,
     code: str,
+    *,
+    force: bool,
 ) -> None:
     from distill.launch import queue, script
     from distill.runs import todo
@@ -315,7 +327,10 @@ def _dry_run(
         start.refuse_taken(folder, source)
         run = RunPaths(folder.absolute() / source.spec.name)
     queue.check_container(source.spec, site)
-    checked = start.checked(source, here=False, store=folder).resolved.spec
+    counter = gpu_fit.counter(source, site)
+    ready = start.checked(source, here=False, store=folder, visit=counter)
+    gpu_fit.report(ready, counter, site, force=force)
+    checked = ready.resolved.spec
     left = todo.pending(run, checked)
     where = _where(run, checked.hub_inputs, site, code)
     plans = queue.plans(run, checked, left)
@@ -324,22 +339,6 @@ def _dry_run(
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         say(f"# --- {plan.name}.sbatch{waits} ---")
         say(text)
-
-
-def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
-    """Print the predicted memory of each training; activations are not included."""
-    from distill.execution.estimate import estimate
-
-    found = estimate(ready)
-    kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
-    rows = [
-        [name, *(human(each[kind]) if kind in each else "-" for kind in kinds), human(sum(each.values()))]
-        for name, each in found.items()
-    ]
-    if rows:
-        columns = ["memory per process", *kinds, "total"]
-        print_table(columns, rows, right=columns[1:])
-        say("activations are not included; `distill plan SPEC --measure` measures them in two real steps")
 
 
 def cancel(

@@ -141,7 +141,7 @@ def reflow(
     else:
         source = find(spec, changes, name)
         if slurm:
-            jobs.submit_new(folder, source, jobs.found_site(site), code)
+            jobs.submit_new(folder, source, jobs.found_site(site), code, force=False)
         else:
             work.execute(start.begin(folder, source), source.spec, fresh=True)
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from distill.runs.run_store import (
 )
 
 if TYPE_CHECKING:
+    import distill.execution.building
     import distill.execution.preflight
     import distill.spec.model
     import distill.spec.specfile
@@ -61,13 +62,19 @@ def locate(given: str) -> tuple[Path, str]:
 
 
 def checked(
-    source: "distill.spec.specfile.SpecSource", *, here: bool = True, store: Path | None = None, new: bool = False
+    source: "distill.spec.specfile.SpecSource",
+    *,
+    here: bool = True,
+    store: Path | None = None,
+    new: bool = False,
+    visit: "Callable[[str, distill.execution.building.BuiltNetworks], None] | None" = None,
 ) -> "distill.execution.preflight.Ready":
     """Resolve a spec, and check everything that can be checked before it runs, including its teacher and data.
 
     Raises InputError if a check fails. here: it will run on this machine, so its devices are checked too.
     store: the store, which may already have an index of the data. If the store exists, it keeps the index, so that
     the data need not be read again if a check fails. new: a run will be created, so the store may be created, too.
+    visit: called with the networks of each train stage.
     """
     from distill.spec import checks
 
@@ -83,7 +90,7 @@ def checked(
 
     if here:
         devices.place(spec.launch, max(spec.processes(name)[1] for name in spec.stages), spec.numerics)
-    return preflight.check(resolved, store, keep_index=store is not None and (new or store.is_dir()))
+    return preflight.check(resolved, store, keep_index=store is not None and (new or store.is_dir()), visit=visit)
 
 
 def begin(folder: Path, source: "distill.spec.specfile.SpecSource") -> RunPaths:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli import start
+from distill.cli import gpu_plan, start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.core.atomic import write_json
@@ -114,17 +114,31 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run two steps of each training and measure its memory.")
     ] = False,
+    gpus: gpu_plan.GpusOption = None,
+    nodes: gpu_plan.NodesOption = None,
+    model: gpu_plan.ModelOption = None,
+    utilisation: gpu_plan.UtilisationOption = None,
+    step_time: gpu_plan.MeasuredOption = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check a spec and print everything that its run would do; creates no run.
 
-    A store that exists keeps the index of the data, so that the run need not read all files again.
+    With --gpus it prints instead what its trainings need of such GPUs, how long they take there, and the section launch
+    for them, without a GPU. A store that exists keeps the index of the data, so that the run need not read all files
+    again.
     """
     from distill.plans import planning
 
+    options = gpu_plan.GpuOptions(gpus, nodes, model, utilisation, step_time)
+    options.refuse_without_gpus()
+    if gpus is not None and measure:
+        raise InputError("--gpus and --measure: the first needs no GPU, the second runs on this machine; leave one out")
     folder = store_path(store)
     source = start.find(spec, changes or [], None)
+    if gpus is not None:
+        gpu_plan.show(source, options, folder, json=json)
+        return
     ready = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder)
     resolved, found = ready.resolved, ready.data
     source, steps = replace(source, spec=resolved.spec), planning.steps(resolved)

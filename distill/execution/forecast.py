@@ -13,7 +13,8 @@ import torch
 
 from distill.core.errors import InputError
 from distill.execution import caching, devices
-from distill.execution.preflight import Origin, Ready
+from distill.execution.building import Origin
+from distill.execution.preflight import Ready
 from distill.flow.draws import sample_noise
 from distill.flow.times import uniform_grid
 from distill.spec import evalspec, registry

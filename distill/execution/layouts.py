@@ -1,9 +1,10 @@
-"""The ways to divide a training among given GPUs: what fits into their memory, and which of them is the fastest."""
+"""The ways to divide trainings among given GPUs: what fits into their memory, and which of them is the fastest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 
-from distill.execution.model_costs import NetworkCosts, process_memory
+from distill.execution.rehearsal import TrainingCosts
 from distill.plans.costs import (
     ASSUMED,
     Assumptions,
@@ -16,7 +17,8 @@ from distill.plans.costs import (
 )
 from distill.plans.device_kinds import Precision
 from distill.spec.model import LaunchSpec
-from distill.training.choice import stage_of, ways
+from distill.training import memory
+from distill.training.choice import choose_sharding, stage_of, ways
 
 RESERVE = 0.1  # part of a GPU's memory for what is not predicted: CUDA itself, buffers, fragments
 GATHERED = 10**9  # elements: how many gathered weights DeepSpeed keeps in stage 3 (stage3_max_live_parameters)
@@ -25,43 +27,30 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a recipe does for one update of the student, and with which networks."""
+    """A training whose layout is to be found."""
 
-    networks: Mapping[bool, Mapping[str, NetworkCosts]]
-    """the trained networks by name, one of them "student"; under True, with recomputed activations"""
+    costs: TrainingCosts
     batch_size: int
-    forwards: Mapping[str, int]
-    """forward passes without a backward pass for each sample, by trained network; "teacher" costs as the student"""
-    trainings: Mapping[str, int]
-    """forward and backward passes for each sample, by trained network"""
-    updates: Mapping[str, int]
-    """updates of each trained network"""
-    kept: Mapping[str, int]
-    """see `process_memory`"""
-    frozen: int = 0
-    """bytes of the teacher's weights"""
-    shared: bool = False
-    """the trained networks are adapters of these weights, which are not divided then"""
-    averages: int = 1
+    images: int
+    precision: Precision
 
-    def operations(self, *, recompute: bool) -> int:
-        """Floating-point operations for each sample."""
-        costs = self.networks[recompute]
-        passes = sum(
-            times * costs["student" if name == "teacher" else name].forward for name, times in self.forwards.items()
-        )
-        return passes + sum(times * costs[name].training for name, times in self.trainings.items())
+    def share(self, procs: int) -> int:
+        """Samples of a batch for each process."""
+        share, rest = divmod(self.batch_size, procs)
+        assert not rest, "the batch is divided evenly among the processes"
+        return share
 
 
 @dataclass(frozen=True)
-class FittingLayout:
-    """One way to train."""
+class TrainingLayout:
+    """How one training runs in a layout."""
 
-    launch: LaunchSpec
     memory: Mapping[str, int]
     """bytes on each GPU by kind; "gathered": what ZeRO needs in the backward pass in addition"""
     step: StepTime
     """of one update of the student, with those of all other networks"""
+    seconds: float
+    """of the whole training"""
 
     @property
     def needed(self) -> int:
@@ -69,58 +58,127 @@ class FittingLayout:
         return sum(self.memory.values())
 
 
+@dataclass(frozen=True)
+class FittingLayout:
+    """One way to run trainings one after another."""
+
+    launch: LaunchSpec
+    trainings: Mapping[str, TrainingLayout]
+
+    @property
+    def needed(self) -> int:
+        """Bytes on each GPU, in the training that needs most."""
+        return max(each.needed for each in self.trainings.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of all trainings."""
+        return sum(each.seconds for each in self.trainings.values())
+
+
+def available(machines: Machines) -> float:
+    """Bytes of each GPU for what is predicted."""
+    return (1 - RESERVE) * machines.kind.memory
+
+
 def fitting_layouts(
-    job: TrainingJob, machines: Machines, precision: Precision, assumed: Assumptions = ASSUMED
+    jobs: Mapping[str, TrainingJob],
+    machines: Machines,
+    assumed: Assumptions = ASSUMED,
+    allowed: Callable[[LaunchSpec], bool] = lambda launch: True,
 ) -> list[FittingLayout]:
     """The ways to train for which the memory suffices, the fastest first. Empty if nothing fits.
 
     Of those that are equally fast, in two digits, the simplest comes first. For each way, the micro-batch is the
-    largest that fits.
+    largest that fits. allowed: whether the spec may have such a section `launch`.
     """
-    available = (1 - RESERVE) * machines.kind.memory
     plain = LaunchSpec(nodes=machines.nodes, procs=machines.per_node)
+    every = [job.costs for job in jobs.values()]
+    shared, teacher = any(each.shared for each in every), any(each.frozen and not each.shared for each in every)
     tried = (
-        _largest(
-            job, machines, way.model_copy(update={"activation_checkpointing": recompute}), precision, assumed, available
-        )
-        for way in ways(plain, shared=job.shared, teacher=job.frozen > 0 and not job.shared)
+        _largest(jobs, machines, way.model_copy(update={"activation_checkpointing": recompute}), assumed, allowed)
+        for way in ways(plain, shared=shared, teacher=teacher)
         for recompute in (False, True)
+        if all(recompute in each.steps for each in every)
+        and (stage_of(way) is None or all(each.moments is None for each in every))
     )
-    return sorted((each for each in tried if each is not None), key=lambda each: float(f"{each.step.total:.2g}"))
+    return sorted((each for each in tried if each is not None), key=lambda each: float(f"{each.seconds:.2g}"))
+
+
+def layout_of(
+    jobs: Mapping[str, TrainingJob], machines: Machines, launch: LaunchSpec, assumed: Assumptions = ASSUMED
+) -> FittingLayout:
+    """What a given section `launch` needs, whether or not it fits. `micro_batch: auto` is taken as 1."""
+    found = {}
+    for name, job in jobs.items():
+        own = job.share(machines.procs)
+        micro_batch = 1 if launch.micro_batch == "auto" else launch.micro_batch or own
+        needed = _memory(job.costs, launch, micro_batch)
+        step = step_time(_work(job.costs, launch, own, own // micro_batch), machines, job.precision, assumed)
+        found[name] = TrainingLayout(needed, step, step.total * job.images / job.batch_size)
+    return FittingLayout(launch, found)
+
+
+def work_of(job: TrainingJob, launch: LaunchSpec) -> StepWork:
+    """What each process does in a step of a training."""
+    own = job.share(launch.world_size)
+    return _work(job.costs, launch, own, own // (launch.known_micro_batch or own))
 
 
 def _largest(
-    job: TrainingJob, machines: Machines, way: LaunchSpec, precision: Precision, assumed: Assumptions, available: float
+    jobs: Mapping[str, TrainingJob],
+    machines: Machines,
+    way: LaunchSpec,
+    assumed: Assumptions,
+    allowed: Callable[[LaunchSpec], bool],
 ) -> FittingLayout | None:
-    own, rest = divmod(job.batch_size, machines.procs)
-    assert not rest, "the batch is divided evenly among the processes"
-    for micro_batch in (size for size in range(own, 0, -1) if own % size == 0):
-        launch = way.model_copy(update={"micro_batch": None if micro_batch == own else micro_batch})
-        memory = _memory(job, launch, micro_batch)
-        if sum(memory.values()) <= available:
-            step = step_time(_work(job, launch, own, own // micro_batch), machines, precision, assumed)
-            return FittingLayout(launch, memory, step)
+    """The layout with the largest micro-batch that fits."""
+    shares = [job.share(machines.procs) for job in jobs.values()]
+    common = gcd(*shares)
+    sizes: list[int | None] = [size for size in range(common, 0, -1) if common % size == 0]
+    if len({*shares}) == 1:
+        sizes[0] = None  # all in one pass, which needs no option
+    else:
+        sizes.insert(0, None)
+    for size in sizes:
+        launch = way.model_copy(update={"micro_batch": size})
+        found = layout_of(jobs, machines, launch, assumed)
+        if found.needed <= available(machines) and allowed(launch):
+            return found
     return None
 
 
-def _memory(job: TrainingJob, launch: LaunchSpec, micro_batch: int) -> dict[str, int]:
-    networks = job.networks[launch.activation_checkpointing]
-    found = process_memory(networks, launch, micro_batch, kept=job.kept, averages=job.averages, frozen=job.frozen)
-    trained = [sum(each.trained) for each in networks.values()]
+def process_memory(costs: TrainingCosts, launch: LaunchSpec, samples: int) -> dict[str, int]:
+    """Bytes on the GPU of each process in training, by kind: those of `memory.predict`, "frozen" and "activations".
+
+    samples: of a micro-batch. `activation_offload` is not taken into account: with it, less is needed.
+    """
+    sharding, procs = choose_sharding(launch), launch.world_size
+    found = memory.predict(costs.trained, [*costs.copies], costs.averages, procs, sharding, costs.still, costs.moments)
+    if launch.offload_optimizer:
+        found["optimizer"] = 0
+    found["frozen"] = costs.frozen // procs if sharding.divides_frozen else costs.frozen
+    found["activations"] = costs.steps[launch.activation_checkpointing].activations.of(samples)
+    return found
+
+
+def _memory(costs: TrainingCosts, launch: LaunchSpec, micro_batch: int) -> dict[str, int]:
+    found = process_memory(costs, launch, micro_batch)
+    trained = [sum(each) for each in costs.trained.values()]
     if (stage := stage_of(launch)) == 1:  # the whole gradients, until they are divided
-        found["gathered"] = FLOAT * max(trained) - found["gradients"]
+        found["gathered"] = max(0, FLOAT * max(trained) - found["gradients"])
     elif stage == 3:
         found["gathered"] = FLOAT * min(max(trained), GATHERED)
     return found
 
 
-def _work(job: TrainingJob, launch: LaunchSpec, samples: int, micro_batches: int) -> StepWork:
-    networks, stage, procs = job.networks[launch.activation_checkpointing], stage_of(launch), launch.world_size
-    gathered = job.forwards.get("teacher", 0) * micro_batches * job.frozen if launch.divide_teacher else 0
+def _work(costs: TrainingCosts, launch: LaunchSpec, samples: int, micro_batches: int) -> StepWork:
+    stage, procs = stage_of(launch), launch.world_size
+    gathered = costs.teacher_calls * micro_batches * costs.frozen if launch.divide_teacher else 0
     sent, updated = sent_bytes(stage, procs, 0, 0, micro_batches, gathered), 0
-    for name, times in job.updates.items():
-        trained, still = networks[name].trained, networks[name].still
+    for name, times in costs.updates.items():
+        trained, still = costs.trained[name], costs.still[name]
         sent += times * sent_bytes(stage, procs, sum(trained), sum(trained) + sum(still), micro_batches)
         updated += times * updated_weights(stage, procs, trained)
-    operations = samples * job.operations(recompute=launch.activation_checkpointing)
+    operations = samples * costs.steps[launch.activation_checkpointing].operations
     return StepWork(operations, sent, updated, launch.offload_optimizer)

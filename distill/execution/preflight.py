@@ -3,9 +3,7 @@
 The predictions of memory (`estimate`) and time (`forecast`) use what was loaded and built here.
 """
 
-import weakref
-from collections.abc import Mapping
-from copy import copy, deepcopy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,57 +12,22 @@ import torch
 from distill import caches, teachers
 from distill.core import file_checksums
 from distill.core.errors import InputError
-from distill.data import DataSet, load_data, load_prompts, overview, update_index
-from distill.data.encoded import codec_of, sample_shape
+from distill.data import load_data, load_prompts, overview, update_index
 from distill.data.overview import DataOverview
-from distill.execution import caching, sources
+from distill.execution import building, caching, sources
+from distill.execution.building import Built, BuiltNetworks, Origin
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
-from distill.flow.interpolants import linear
-from distill.networks.sharing import has_base, is_shared
-from distill.networks.velocity import TIME_SCALE, VelocityStudent
-from distill.protocols import Adapter, Copy, Recipe
-from distill.spec import cacheuse, pairspec, registry
-from distill.spec.kinds import STUDENTS
-from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage, UNetSpec
-from distill.spec.resolved import Resolved, ResolvedRecipe
-from distill.students import adapting, native, sampling, smaller
-from distill.students.init import StudentInit, teacher_on_linear_path
-from distill.students.loaded import KINDS, LoadedStudent
-from distill.students.smaller import SmallerStudent
+from distill.protocols import Recipe
+from distill.spec import cacheuse, pairspec
+from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.resolved import Resolved
+from distill.students import sampling, smaller
 from distill.teachers import LoadedTeacher
 from distill.teachers.codecs import LatentCodec
-from distill.teachers.network_field import EdmField, LinearCall, NetworkField
 from distill.teachers.of_students import weak_teacher
-from distill.teachers.sample_sizes import obstacle
-from distill.training import optimizers
 
 CPU = torch.device("cpu")
-Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
-
-
-@dataclass(frozen=True)
-class Built:
-    """The networks of a train stage, untrained."""
-
-    student: Origin
-    """as later stages would load it"""
-    sizes: dict[str, list[int]]
-    """elements of each trained parameter, by network"""
-    still: dict[str, list[int]]
-    """elements of each other parameter of these networks"""
-    moments: int | None
-    """bytes of the state of their optimizers, unless these are AdamW"""
-    exported: int
-    """number of elements in the exported student"""
-    copies: list[str]
-    """for each target copy, the network that it copies"""
-    teacher: LoadedTeacher | None
-    """the teacher that the recipe calls, if any"""
-    base: int
-    """bytes of the frozen weights that the trained networks share, unless they are those of this teacher"""
-    smaller: SmallerStudent | None
-    """what a student of another size is, if the stage asks for one"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +49,13 @@ class Ready:
         return self.built[stage].student
 
 
-def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = False) -> Ready:
+def check(
+    resolved: Resolved,
+    store: Path | None = None,
+    *,
+    keep_index: bool = False,
+    visit: Callable[[str, BuiltNetworks], None] | None = None,
+) -> Ready:
     """Load the teacher and the data of a spec, build the networks of its train stages, and check that they fit.
 
     InputError if they do not. Errors in a stage that starts from, or is taught by, the student of an earlier stage are
@@ -94,7 +63,7 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
     adapters is an exception.
 
     store: where an index of the data, and checksums of large files, may be kept. keep_index: write the index to the
-    store before the checks that follow.
+    store before the checks that follow. visit: called with the networks of each train stage.
     """
     spec = resolved.spec
     if store is not None:
@@ -146,14 +115,17 @@ def check(resolved: Resolved, store: Path | None = None, *, keep_index: bool = F
         try:
             if stage.teacher is None and teacher is not None:
                 teacher.guided(recipe.guidance_scale)
-            if stage.student is not None and (origin := _origin(stage, teacher, built)) is not None:
+            if stage.student is not None and (origin := building.origin_of(stage, teacher, built)) is not None:
                 smaller.check(origin, stage.student.config)
         except InputError as error:
             raise InputError(f"stages.{name}: {error}") from error
         try:
-            made, built[name] = _build(stage, recipe, teacher, data, built)
+            found = building.build(stage, recipe, teacher, data, built)
+            if visit is not None:
+                visit(name, found)
+            built[name] = building.described(found, stage)
             if known:
-                t_grids(spec, name, made, pairspec.times_of(spec, stage))
+                t_grids(spec, name, found.recipe, pairspec.times_of(spec, stage))
         except InputError as error:
             if known:
                 raise InputError(f"stages.{name}: {error}") from error
@@ -190,159 +162,3 @@ def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None)
         if name in each.times:
             sampling.refuse_times(found, f"{where}.times.{name}")
     return found
-
-
-def start(
-    stage: TrainStage,
-    recipe: ResolvedRecipe,
-    teacher: LoadedTeacher | None,
-    origin: Origin | None,
-    data: DataSet | None,
-    seed: int,
-) -> StudentInit:
-    """The `Init` of a train stage. teacher: on the linear path. origin: the network whose weights are copied."""
-    samples = teacher if "pairs" in recipe.needs or data is None else data
-    assert samples is not None, "checks.check lets no such stage through"
-    known = teacher or origin
-    shape = samples.shape
-    if data is not None and samples is data:
-        shape = sample_shape(data, PIXELS if known is None else known.codec)
-    init = StudentInit(
-        origin,
-        stage.network,
-        shape,
-        samples.num_classes,
-        seed,
-        teacher,
-        stage.dropout,
-        shares=bool(stage.lora),
-        changes=None if stage.student is None else stage.student.config,
-    )
-    if data is not None and "data" in recipe.needs:
-        _check_buckets(init, data)
-    return init
-
-
-def _check_buckets(init: StudentInit, data: DataSet) -> None:
-    """InputError if a network of a train stage cannot be called with the samples of one of the data's buckets."""
-    copied = init.source if init.network is None and init.source is not init.teacher else None
-    halvings = len(init.network.channels) - 1 if isinstance(init.network, UNetSpec) else 0
-    for bucket in (each for each in data.buckets or [] if len(each.items)):
-        size = f"{bucket.shape[1]}x{bucket.shape[2]} (height x width)"
-        remedy = "change data.buckets.step or data.buckets.max_aspect"
-        try:
-            shape = codec_of(data, init.codec).shape(bucket.shape)
-        except InputError as error:
-            raise InputError(f"data.buckets: images of {size} cannot be encoded: {error}") from error
-        for each in (init.teacher, copied):
-            if each is not None and each.network is not None and (why := obstacle(each.network, shape)):
-                raise InputError(f"data.buckets: {each.description} takes no images of {size}: {why}; {remedy}")
-        if any(side % (1 << halvings) for side in shape[1:]):
-            raise InputError(
-                f"data.buckets: network.channels halves the samples {halvings} times, but those of images of {size} "
-                f"have the shape {list(shape)}; give fewer channels, or {remedy}"
-            )
-
-
-def _build(
-    stage: TrainStage,
-    recipe: ResolvedRecipe,
-    own: LoadedTeacher | None,
-    data: DataSet | None,
-    earlier: Mapping[str, Built],
-) -> tuple[Recipe, Built]:
-    """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
-    teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
-    copied = stage.init is None and stage.network is None
-    teacher = teacher if copied or "teacher" in recipe.needs else None
-    if isinstance(teacher, LoadedStudent):
-        raise InputError(f"{teacher.description} is not a teacher")
-    if teacher is not None:
-        teacher = _without_values(teacher_on_linear_path(teacher))
-    origin = _student(earlier, stage.init) if stage.init is not None else teacher
-    init = start(stage, recipe, teacher, origin, data, 0)
-    called = teacher if "teacher" in recipe.needs else None
-    kept = called if calls_teacher(recipe, called) else None
-    # A LoRA student of an earlier stage has the weights of the teacher.
-    is_base = kept is not None and origin is not None and (origin is kept or _is_lora(origin))
-    made: Recipe = recipe.module.Recipe(recipe.config, called)
-    roles = made.networks(init)
-    if registry.drops_condition(recipe.config):  # an error now if there is no null condition, and not in the first step
-        init.null(init.conditioning.collate(torch.zeros(1, dtype=torch.int64)))
-    trained = {name: each.module for name, each in adapting.trained(roles, stage.lora, init.seed, stage.recipe).items()}
-    changed = {name: [p for p in each.parameters() if not is_shared(p)] for name, each in trained.items()}
-    sizes = {name: [p.numel() for p in each if p.requires_grad] for name, each in changed.items()}
-    still = {name: [p.numel() for p in each if not p.requires_grad] for name, each in changed.items()}
-    states = [optimizers.state_bytes(stage.optimizer, each) for each in trained.values()]
-    moments = None if None in states else sum(each or 0 for each in states)
-    shared = {p for each in trained.values() for p in each.parameters() if is_shared(p)}
-    base = 0 if is_base else sum(p.numel() * p.element_size() for p in shared)
-    copies = [role.of for role in roles.values() if isinstance(role, Copy)]
-    made_as = roles["student"]
-    student = made_as.module if isinstance(made_as, Adapter) else trained["student"]  # recipes' adapters will be merged
-    exported = sum(p.numel() for p in student.parameters() if not is_shared(p))
-    other = None if init.changes is None or origin is None else smaller.describe(origin, init.changes)
-    return made, Built(_pretend(student, init), sizes, still, moments, exported, copies, kept, base, other)
-
-
-def calls_teacher(recipe: ResolvedRecipe, teacher: LoadedTeacher | None) -> bool:
-    """Whether a recipe keeps the teacher that it is given, or its field, and so may call its network.
-
-    Recipes that train on pairs need a teacher, but do not call it.
-    """
-    if teacher is None or teacher.network is None or "teacher" not in recipe.needs:
-        return False
-    given = replace(teacher, field=copy(teacher.field))
-    found: list[weakref.ref[object]] = [weakref.ref(given), weakref.ref(given.field)]
-    made = recipe.module.Recipe(recipe.config, given)
-    del given
-    kept = any(each() is not None for each in found)
-    del made
-    return kept
-
-
-def _is_lora(network: Origin) -> bool:
-    return network.network is not None and has_base(network.network)
-
-
-def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:
-    """The teacher, if it is of a latent-space pipeline with its network on the meta device, so that the networks made
-    from it take no memory. Only their shapes are needed here.
-    """
-    if teacher.network is None or not native.is_native(teacher.network):
-        return teacher
-    assert isinstance(teacher.field, EdmField | NetworkField)
-    shapes: dict[int, object] = {
-        id(each): torch.nn.Parameter(each.to("meta"), each.requires_grad) for each in teacher.network.parameters()
-    }
-    network = deepcopy(teacher.network, shapes).to("meta")
-    return replace(teacher, network=network, field=replace(teacher.field, network=network))
-
-
-def _origin(stage: TrainStage, teacher: LoadedTeacher | None, earlier: Mapping[str, Built]) -> Origin | None:
-    """The network that a stage starts from; None if it is not known yet. teacher: the spec's."""
-    name = stage.init or stage.teacher
-    if name is None:
-        return teacher
-    return earlier[name].student if name in earlier else None
-
-
-def _student(earlier: Mapping[str, Built], name: str) -> Origin:
-    if name not in earlier:
-        raise InputError(f"the networks of stage '{name}' are not known")
-    return earlier[name].student
-
-
-def _pretend(student: torch.nn.Module, init: StudentInit) -> Origin:
-    """An untrained student, as later stages would load it."""
-    facts = (init.shape, init.num_classes, init.null_class, "", "a student")
-    for kind, each in KINDS.items():
-        if not STUDENTS[kind].is_field and isinstance(student, each):
-            sampler = STUDENTS[kind].samplers[0]
-            return LoadedStudent(student, sampler, {}, *facts, {}, init.conditioning, init.packaging, init.codec)
-    assert isinstance(student, VelocityStudent)
-    network = student.network.eval().requires_grad_(False)
-    field = NetworkField(network, linear(), "velocity", TIME_SCALE)
-    if isinstance(student.call, LinearCall):
-        field = NetworkField(network, linear(), "velocity", 1.0, call=student.call)
-    return LoadedTeacher(field, *facts, network, given=init.conditioning, codec=init.codec, packaging=init.packaging)

@@ -18,7 +18,7 @@ from distill.data import DataSet, DataSource
 from distill.data.encoded import codec_of, scaled_for
 from distill.exchange import student_card
 from distill.exchange.student_card import LoraFacts, StudentCard
-from distill.execution import batches, devices, preflight, sources
+from distill.execution import batches, building, devices, preflight, sources
 from distill.execution.work import Work
 from distill.flow.fields import Counted
 from distill.networks.adapters import merged
@@ -89,10 +89,10 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     called = called if "teacher" in asked.needs else None
-    network = teacher.network if teacher is not None and preflight.calls_teacher(asked, teacher) else None
+    network = teacher.network if teacher is not None and building.calls_teacher(asked, teacher) else None
     recipe = asked.module.Recipe(asked.config, called)
     t_grids = preflight.t_grids(work.spec, work.name, recipe, inputs.times)
-    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
+    init = building.start(stage, asked, teacher, origin, data, work.seed)
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _placed = WeakTensorKeyDictionary()  # table -> device -> its copy
@@ -20,6 +21,7 @@ def on(table: Tensor, device: torch.device) -> Tensor:
 def any_known(mask: Tensor) -> bool:
     """Whether any value is true, on the CPU; on other devices False, because reading a value waits for the device.
 
-    For values that can be wrong only by a mistake in the code, which tests find on the CPU.
+    For values that can be wrong only by a mistake in the code, which tests find on the CPU. False, too, for a tensor
+    without values.
     """
-    return mask.device.type == "cpu" and bool(mask.any())
+    return mask.device.type == "cpu" and not is_fake(mask) and bool(mask.any())

@@ -11,6 +11,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.field_types import FrozenModel, ScriptLine
 from distill.launch import environment
+from distill.plans import device_kinds
 from distill.spec import schema, specfile
 
 EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
@@ -24,6 +25,12 @@ def _variable(name: str) -> str:
     return name
 
 
+def _gpus(text: str) -> str:
+    device_kinds.kind_or_memory(text)
+    return text
+
+
+Gpus = Annotated[str, AfterValidator(_gpus)]
 Variable = Annotated[str, AfterValidator(_variable)]
 
 
@@ -71,6 +78,8 @@ class Site(FrozenModel):
     """further options for sbatch, for every job"""
     python: ScriptLine | None = None
     """Python interpreter on the nodes; null: the one that runs `distill submit`"""
+    gpus: Gpus | None = None
+    """kind of the GPUs, like h100, or their memory, like 80GB, to predict what trainings need; null: no prediction"""
     container: ContainerSite = ContainerSite()
 
 

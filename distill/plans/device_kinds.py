@@ -4,12 +4,13 @@ Speeds are those of dense matrices; data sheets often say twice as much, for mat
 links are for one direction; data sheets add up both. GB and TB are powers of ten.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from distill.core.errors import InputError
-from distill.core.text import suggest
+from distill.core.text import short, suggest
 
 Precision = Literal["bf16", "tf32", "fp32"]
 
@@ -76,6 +77,28 @@ KINDS: Mapping[str, DeviceKind] = {
         "25 Gb/s for each GPU",
     ),
 }  # fmt: skip
+
+
+def gpus_of(text: str) -> tuple[int, DeviceKind]:
+    """(number, kind) of GPUs that are given like 8xh100 or 8x80GB. InputError if that is malformed or not known."""
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([A-Za-z0-9-]+)", text)
+    if match is None:
+        raise InputError(
+            f"{short(text)} given; valid: the GPUs of a node, like 8xh100 or, with their memory alone, 8x80GB; kinds: "
+            f"{', '.join(KINDS)}"
+        )
+    return int(match[1]), kind_or_memory(match[2])
+
+
+def kind_or_memory(text: str) -> DeviceKind:
+    """A kind by its name, or the slowest one with a memory that is given like 80GB. InputError if there is none."""
+    if (size := re.fullmatch(r"([0-9]{1,5})GB", text)) is None:
+        return kind_of(text)
+    same = [each for each in KINDS.values() if each.memory == int(size[1]) * GIGA]
+    if not same:
+        sizes = sorted({each.memory // GIGA for each in KINDS.values()})
+        raise InputError(f"no kind of GPU with {text} is known; valid: {', '.join(f'{each}GB' for each in sizes)}")
+    return min(same, key=lambda each: each.peaks["bf16"])
 
 
 def kind_of(name: str) -> DeviceKind:

@@ -221,11 +221,14 @@ def files(path: Path) -> list[Path]:
     return sorted(path.glob(f"[!.]*{NPY}")) if path.is_dir() else [path] if path.is_file() else []
 
 
-def planned(fields: Mapping[str, Wanted], count: int) -> ConditionFile:
-    """Stands for a cache of `count` prompts that is not made yet, so that a network can be called to test it."""
+def planned(fields: Mapping[str, Wanted], count: int, tokens: int = TOKENS) -> ConditionFile:
+    """Stands for a cache of `count` prompts that is not made yet, so that a network can be called to test it.
+
+    tokens: of each prompt.
+    """
     row = {}
     for name, wanted in fields.items():
-        shape = tuple(TOKENS if side is None else side for side in wanted.shape)
+        shape = tuple(tokens if side is None else side for side in wanted.shape)
         is_drawn = wanted.dtype.is_floating_point and not name.endswith("mask")
         row[name] = sample_noise(0, [0], shape)[0].to(wanted.dtype) if is_drawn else torch.ones(shape).to(wanted.dtype)
     return ConditionFile(Path("the cache"), PlannedRows(row, count), {name: row[name][None] for name in row}, "")

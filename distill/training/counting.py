@@ -1,4 +1,4 @@
-"""Counts what a call of a network costs, also on tensors without values: then no weights and no GPU are needed.
+"""Counts what calls of networks cost, also on tensors without values: then no weights and no GPU are needed.
 
 On a CPU, real or pretended, torch computes attention with its kernel `flash`, which keeps the result and one number per
 row for the backward pass, not the whole matrix. The fused kernels of GPUs keep the same.
@@ -17,29 +17,31 @@ ATTENTION = "flash"  # the kernel whose activations are counted, for tables
 
 
 @dataclass(frozen=True)
-class CallCounts:
-    """What a call of a network costs, for the samples that it was counted with."""
+class TurnCounts:
+    """What a loss and its gradients cost, for the samples that they were counted with."""
 
-    forward: int
-    """floating-point operations of the forward pass; a multiplication and an addition are two"""
-    training: int
-    """those of the forward and the backward pass, including what is recomputed in it"""
+    operations: int
+    """floating-point operations of the forward and the backward pass, including what is recomputed in it"""
     activations: int
     """largest number of bytes that autograd keeps for the backward pass, without parameters"""
 
 
-def count(call: Callable[[], Tensor]) -> CallCounts:
-    """Run the forward pass of `call`, then its forward and backward pass, and count both.
+def count_forward(call: Callable[[], object]) -> int:
+    """Floating-point operations of `call` without gradients; a multiplication and an addition are two.
 
-    call: calls a network in which some parameters have requires_grad=True. Their gradients are added up, as always.
-    The tensors may be fake ones (`torch._subclasses.FakeTensorMode`). Torch's FlopCounterMode counts the operations: of
-    matrix products, convolutions and attention.
+    Torch's FlopCounterMode counts them: those of matrix products, convolutions and attention. The tensors may be fake
+    ones (`torch._subclasses.FakeTensorMode`).
     """
-    with torch.no_grad(), _counter() as forward:
+    with torch.no_grad(), _counter() as counter:
         call()
-    with _counter() as training, Activations() as activations:
-        call().sum().backward()
-    return CallCounts(forward.get_total_flops(), training.get_total_flops(), activations.peak)
+    return counter.get_total_flops()
+
+
+def count_turn(loss: Callable[[], Tensor]) -> TurnCounts:
+    """Compute `loss` and its gradients, and count both passes. The gradients are added up, as always."""
+    with _counter() as counter, Activations() as activations:
+        loss().sum().backward()
+    return TurnCounts(counter.get_total_flops(), activations.peak)
 
 
 def _counter() -> FlopCounterMode:

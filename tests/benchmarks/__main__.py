@@ -37,6 +37,7 @@ from tests.benchmarks.guidance import bench_guidance
 from tests.benchmarks.images import bench_images
 from tests.benchmarks.loading import bench_loading, bench_waiting
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
+from tests.benchmarks.plans import bench_plans
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
 from tests.benchmarks.schedules import bench_schedules
@@ -177,6 +178,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
     "index": bench_index,
+    "plans": bench_plans,
     "images": bench_images,
     "loading": bench_loading,
     "waiting": bench_waiting,

@@ -2,109 +2,91 @@
 
     python tests/programs/plans_table.py COUNTS.json
 
-Counting takes about 15 minutes on one CPU; the counts are kept in COUNTS.json, and models that are in it already are
-not counted again.
+Counting takes about 30 minutes on one CPU; the counts are kept in COUNTS.json, and those that are in it already are not
+made again.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from distill.core.atomic import write_json
 from distill.core.space import human
 from distill.execution.layouts import RESERVE, TrainingJob, fitting_layouts
-from distill.execution.model_costs import Growth, NetworkCosts, costs_of
+from distill.execution.rehearsal import Growth, TrainingCosts, UpdateCosts
+from distill.execution.run_costs import RunCounter
 from distill.plans import device_kinds, facts
 from distill.plans.costs import ASSUMED, Machines, training_time
+from distill.spec import checks
+from distill.spec.model import RunSpec
 from distill.training.counting import ATTENTION
 
 KIND, PER_NODE, GPUS = "h100", 8, (8, 64, 1024)
-BATCH, IMAGES, RANK = 1024, 1_000_000, 64
-HALF = 2  # bytes of a weight of the teacher, in bf16
+BATCH, IMAGES, RANK = 1024, 1_024_000, 64
+MILLION = 1_000_000
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "reflow": {"recipe": "reflow/reflow", "pairs": "pairs"},
+    "consistency, LoRA": {"recipe": "consistency/consistency", "lora": {"student": {"rank": RANK}}},
+    "dmd2": {"recipe": "score/dmd2"},
+}
 
 
-def counts(path: Path) -> dict[str, dict[str, NetworkCosts]]:
-    """Model -> way of training ("whole", "whole again", "adapters", "adapters again") -> its costs.
+def spec(recipe: str) -> RunSpec:
+    """A spec that trains with a recipe and its default options, on latents and embeddings of a cache."""
+    train = {"kind": "train", "images": IMAGES, "batch_size": BATCH, "precision": "bf16", "optimizer": {"lr": 1e-4}}
+    stages: dict[str, Any] = {"cache": {"kind": "cache"}}
+    if "pairs" in RECIPES[recipe]:
+        stages["pairs"] = {"kind": "pairs", "count": IMAGES, "solver": "euler", "steps": 25}
+    stages["train"] = {**train, **RECIPES[recipe]}
+    data = {"kind": "images", "path": "images", "captions": True, "size": 1024}
+    teacher = {"kind": "diffusers", "path": "your/teacher", "dtype": "bfloat16"}
+    return RunSpec.model_validate({"name": "plan", "teacher": teacher, "data": data, "stages": stages})
 
-    "again": with recomputed activations.
-    """
-    known = json.loads(path.read_text()) if path.exists() else {}
+
+def counts(path: Path) -> dict[str, dict[str, TrainingJob]]:
+    """Model -> recipe -> what is trained, and its costs."""
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     for name in facts.names():
-        if name not in known:
-            known[name] = {
-                f"{what}{' again' * recompute}": asdict(
-                    costs_of(facts.facts_of(name), recompute=recompute, lora_rank=rank)
-                )
-                for what, rank in (("whole", None), ("adapters", RANK))
-                for recompute in (False, True)
-            }
-            write_json(path, known)
-    return {
-        name: {
-            way: NetworkCosts(**{**each, "activations": Growth(**each["activations"])}) for way, each in ways.items()
-        }
-        for name, ways in known.items()
+        for recipe in RECIPES:
+            if recipe not in known.setdefault(name, {}):
+                resolved = checks.check(spec(recipe), Path())
+                found = RunCounter(resolved, lambda line: None).of_model(facts.facts_of(name))
+                known[name][recipe] = asdict(found.trainings["train"])
+                write_json(path, known)
+    return {name: {recipe: job_of(each) for recipe, each in recipes.items()} for name, recipes in known.items()}
+
+
+def job_of(content: Mapping[str, Any]) -> TrainingJob:
+    """A job from its JSON."""
+    steps = {
+        again == "true": UpdateCosts(each["operations"], Growth(**each["activations"]))
+        for again, each in content["costs"]["steps"].items()
     }
+    return TrainingJob(**{**content, "costs": TrainingCosts(**{**content["costs"], "steps": steps})})
 
 
-def jobs(found: Mapping[str, NetworkCosts]) -> Iterator[tuple[str, TrainingJob]]:
-    """(recipe, job) with the calls that the recipe makes with its default options, and one step for dmd2."""
-
-    def networks(way: str, *names: str) -> dict[bool, dict[str, NetworkCosts]]:
-        own = {again: replace(found[f"{way}{' again' * again}"], still=[]) for again in (False, True)}
-        return {again: dict.fromkeys(names, each) for again, each in own.items()}
-
-    once = {"student": 1}
-    yield "reflow", TrainingJob(networks("whole", "student"), BATCH, {}, once, once, once)
-    teacher = HALF * sum(found["whole"].trained)
-    yield (
-        "consistency, LoRA",
-        TrainingJob(
-            networks("adapters", "student"),
-            BATCH,
-            forwards={"student": 1, "teacher": 2},
-            trainings=once,
-            updates=once,
-            kept=once,
-            frozen=teacher,
-            shared=True,
-        ),
-    )
-    yield (
-        "dmd2",  # for each update of the student, five of the critic, which is called with a sample and with data
-        TrainingJob(
-            networks("whole", "student", "critic"),
-            BATCH,
-            forwards={"student": 5, "teacher": 1},
-            trainings={"student": 1, "critic": 11},
-            updates={"student": 1, "critic": 5},
-            kept={"student": 1, "critic": 1},
-            frozen=teacher,
-        ),
-    )
-
-
-def table(found: Mapping[str, Mapping[str, NetworkCosts]]) -> Iterator[str]:
+def table(found: Mapping[str, Mapping[str, TrainingJob]]) -> Iterator[str]:
     """The lines of the table."""
     yield "| model | recipe | GPUs | launch | memory | step | samples/s | GPU-hours per million |"
     yield "|---|---|---:|---|---:|---:|---:|---:|"
-    for name, ways in found.items():
-        for recipe, job in jobs(ways):
+    for name, jobs in found.items():
+        for recipe, job in jobs.items():
             for gpus in GPUS:
                 machines = Machines(device_kinds.kind_of(KIND), gpus // PER_NODE, PER_NODE)
                 start = f"| {facts.facts_of(name).title} | {recipe} | {gpus:,} |"
-                layouts = fitting_layouts(job, machines, "bf16")
+                layouts = fitting_layouts({"train": job}, machines)
                 if not layouts:
                     yield f"{start} does not fit | | | | |"
                     continue
-                best = layouts[0]
-                time = training_time(best.step, machines, BATCH, IMAGES)
+                best, step = layouts[0], layouts[0].trainings["train"].step
+                time = training_time(step, machines, job.batch_size, MILLION)
                 given = best.launch.model_dump(exclude_defaults=True, exclude={"nodes", "procs"})
                 options = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in given.items()) or "defaults"
                 yield (
-                    f"{start} {options} | {human(best.needed)} | {short(best.step.total)} s | "
+                    f"{start} {options} | {human(best.needed)} | {short(step.total)} s | "
                     f"{short(time.images_per_second)} | {short(time.gpu_hours)} |"
                 )
 

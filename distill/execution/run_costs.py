@@ -1,0 +1,87 @@
+"""Counts what the stages of a run cost, on whatever machine, with the spec's own networks or those of a known model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from distill.execution import building
+from distill.execution.building import Built, BuiltNetworks
+from distill.execution.layouts import TrainingJob
+from distill.execution.rehearsal import forward_operations, rehearse
+from distill.plans import planning
+from distill.plans.device_kinds import Precision
+from distill.plans.facts import ModelFacts
+from distill.spec.model import EvaluateStage, PairsStage, TrainStage
+from distill.spec.resolved import Resolved
+from distill.teachers import LoadedTeacher, of_facts
+from distill.teachers.quiet import quiet
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """What the stages of a run cost."""
+
+    trainings: dict[str, TrainingJob] = field(default_factory=dict)
+    sampling: dict[str, float] = field(default_factory=dict)
+    """stages that make pairs or evaluate -> floating-point operations of all their network calls"""
+
+
+@dataclass(frozen=True)
+class RunCounter:
+    """Counts what the stages of a run cost.
+
+    recomputed: see `rehearse`. say: called with a line before each stage, which takes seconds to minutes.
+    """
+
+    resolved: Resolved
+    say: Callable[[str], object]
+    recomputed: Sequence[bool] = (False, True)
+    found: RunCosts = field(default_factory=RunCosts)
+
+    def __call__(self, name: str, networks: BuiltNetworks) -> None:
+        """Count a train stage. `preflight.check` calls this with its networks."""
+        stage = self.resolved.spec.stages[name]
+        assert isinstance(stage, TrainStage)
+        self.say(f"counting what an update of stage '{name}' computes and keeps in memory")
+        needs = self.resolved.recipes[name].needs
+        states = self._states(stage) if "states" in needs else None
+        costs = rehearse(networks, stage, needs, states, self.recomputed)
+        precision = self._precision(stage.precision)
+        self.found.trainings[name] = TrainingJob(costs, stage.batch_size, stage.images, precision)
+
+    def of_model(self, model: ModelFacts) -> RunCosts:
+        """The costs of all stages if this model is the teacher, without its weights and without data.
+
+        InputError if the recipes cannot use it, or if it makes no samples of the size that the spec sets.
+        """
+        with quiet():
+            teacher = of_facts.teacher_of(model, self.resolved.spec.teacher)
+        built: dict[str, Built] = {}
+        for name, recipe in self.resolved.recipes.items():
+            stage = self.resolved.spec.stages[name]
+            assert isinstance(stage, TrainStage)
+            networks = building.build(stage, recipe, teacher, None, built)
+            self(name, networks)
+            built[name] = building.described(networks, stage)
+        return self.with_sampling(teacher)
+
+    def with_sampling(self, teacher: LoadedTeacher | None) -> RunCosts:
+        """All costs, with those of pairs and evaluations: each of their calls is taken to cost as the teacher's."""
+        stages = self.resolved.spec.stages
+        asked = {name: each for name, each in stages.items() if isinstance(each, PairsStage | EvaluateStage)}
+        if teacher is None or teacher.network is None or not asked:
+            return self.found
+        planned = {step.name: step for step in planning.steps(self.resolved)}
+        operations = forward_operations(teacher)
+        for name in asked:
+            self.found.sampling[name] = float(operations * (planned[name].network_calls or 0))
+        return self.found
+
+    def _states(self, stage: TrainStage) -> int:
+        """The number of states of each path of the pairs of a stage."""
+        pairs = [self.resolved.spec.stages[each] for each in stage.pair_shares]
+        return next(each.num_states for each in pairs if isinstance(each, PairsStage))
+
+    def _precision(self, asked: str) -> Precision:
+        if asked == "bf16":
+            return "bf16"
+        return "tf32" if self.resolved.spec.numerics == "fast" else "fp32"
