@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.data.arrays import ArrayData
-from distill.evaluation import charts, measuring, report_page, row_plans, sample
+from distill.evaluation import charts, measuring, report_page, row_plans, row_work, sample
 from distill.evaluation.measuring import evaluate
 from distill.evaluation.metrics import features
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
@@ -335,7 +335,7 @@ def test_rows_of_the_teacher_are_shared_by_the_runs_of_a_store(vector_run, tmp_p
     other, made = RunPaths(tmp_path / "other"), []
     export(one_step_student(), other.student("exact"), card((2,), None))
     blocks = sampling.blocks
-    monkeypatch.setattr(measuring, "blocks", lambda method, *a, **k: made.append(method.nfe) or blocks(method, *a, **k))
+    monkeypatch.setattr(row_work, "blocks", lambda method, *a, **k: made.append(method.nfe) or blocks(method, *a, **k))
     again = go(other, spec)
     assert again.rows[:2] == first.rows[:2], "to the last digit of the speed"
     assert {63, 2} == set(made) - {1}, "the fine row and the student alone, besides their warm-up"

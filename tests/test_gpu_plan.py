@@ -165,7 +165,7 @@ def with_memory(monkeypatch, count):
 def test_submit_predicts_memory_and_time_of_the_gpus_of_the_site(site, tmp_path, capfd):
     done = submit(capfd, tmp_path, site)
     assert done.code == 0, done.err
-    assert "predicted memory of a GPU" in done.out and "activations" in done.out
+    assert "of it activations" in done.out and "GPU-hours" in done.out
     assert f"for 2 x NVIDIA GeForce RTX 4090 24 GB, as {site} states" in done.out
     assert "may not fit" not in done.err and "#SBATCH" in done.out
 

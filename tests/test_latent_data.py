@@ -26,7 +26,7 @@ from distill.evaluation import measuring
 from distill.evaluation.sample import write_samples
 from distill.execution import preflight
 from distill.execution.batches import EncodedBatches
-from distill.execution.sources import Solving
+from distill.execution.solving import Solving
 from distill.flow import codecs
 from distill.flow.draws import Rows
 from distill.networks.experts import Experts

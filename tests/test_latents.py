@@ -27,7 +27,8 @@ from distill.data.arrays import ArrayData
 from distill.data.encoded import DecodedData, codec_of, scaled_for
 from distill.evaluation import measuring
 from distill.evaluation.metrics import features
-from distill.execution.sources import Solving
+from distill.evaluation.tally import FeatureSums
+from distill.execution.solving import Solving
 from distill.flow.codecs import PIXELS
 from distill.flow.draws import Rows, key, sample_noise
 from distill.pairs import PairSet, PairSource
@@ -353,7 +354,8 @@ def test_an_evaluation_decodes_the_latents(teacher, tmp_path, capfd, monkeypatch
     found = measuring.of_images(measuring.pixels_of(real, codec, CPU), tmp_path)
     images = ArrayData("z", codec.decode(real.items(0, range(12)).samples).clamp(-1, 1), torch.arange(12) % 3, 3)
     assert found.name == "FD-z" and found.values.shape == (12, 64)
-    assert found.measure(found.embed(images.items(0, range(12)).samples))["precision"] == 1.0
+    embedded = FeatureSums.of(found.embed(images.items(0, range(12)).samples))
+    assert found.measure(embedded)["precision"] == 1.0
     assert capfd.readouterr().err == ""
     assert measuring.pixels_of(real, PIXELS, CPU) is None
     assert capfd.readouterr().err == (

@@ -20,6 +20,7 @@ from distill.data import load_data
 from distill.evaluation import judging, report_page
 from distill.evaluation.metrics import features, own
 from distill.evaluation.metrics.frechet import frechet
+from distill.evaluation.tally import RowSums, SeenBlock
 from distill.execution import preflight, stages
 from distill.flow.conditioning import ConditionTable, HeldRows
 from distill.flow.draws import permutation, sample_labels, sample_noise
@@ -224,15 +225,26 @@ def test_prompts_are_passed_in_turn(module):
         judging.prepare(stage(70, f"{module}:label"), exact.teacher(exact.FIELD), None)
 
 
+def added(judges, values):
+    """The sums of a row of which the metrics say these values, in blocks of 16 samples."""
+    total = len(next(iter(values.values())))
+    like = {name: each.sums.like() for name, each in judges.references.items()}
+    sums = RowSums(total, texts=len(judges.texts), real=like)
+    for start in range(0, total, 16):
+        judged = {name: each[start : start + 16] for name, each in values.items()}
+        sums.add(SeenBlock(min(16, total - start), 0, None, None, judged, 0.0, 0.0, 0.0, None))
+    return sums
+
+
 def test_numbers_that_cannot_be_compared(module):
     """Features need real images; all rows have one shape; numbers are finite also after the conversion to float32."""
     halves, images = own.load(f"{module}:halves"), torch.zeros(70, 1, 8, 8)
     judges = judging.Judges([halves], ["a"], CPU, {}, "")
     with pytest.raises(RunError, match="halves returned features, but there are no real images to compare them with"):
-        judges.summary(judges.judge(images, 0))
+        judges.summary(added(judges, judges.judge(images, 0)))
     real = judging.Judges([halves], ["a"], CPU, {"halves": torch.zeros(70, 2)}, "")
     with pytest.raises(RunError, match="-halves is nan; its function returned values that cannot be compared"):
-        real.summary(real.judge(images, 0))
+        real.summary(added(real, real.judge(images, 0)))
 
     def metric(function):
         return own.OwnMetric("f", "mean", function, "")
@@ -325,10 +337,13 @@ def test_diversity_is_the_distance_within_a_prompt(untrained, module):
     metric = own.load(f"{module}:halves")
     judges = judging.Judges([metric], ["a", "b", "c"], CPU, real, "")
     same_of_each = torch.arange(40)[:, None].remainder(3).float().repeat(1, 2)
-    assert judges.summary({"halves": same_of_each})["diversity-halves"] == 0
-    assert judges.summary({"halves": real["halves"]})["diversity-halves"] == pytest.approx(1, abs=0.1)
-    assert judges.summary({"halves": 2 * real["halves"]})["diversity-halves"] == pytest.approx(2, abs=0.2)
-    assert "diversity-halves" not in judging.Judges([metric], ["a"] * 40, CPU, real, "").summary(real)
+    assert judges.summary(added(judges, {"halves": same_of_each}))["diversity-halves"] == 0
+    assert judges.summary(added(judges, real))["diversity-halves"] == pytest.approx(1, abs=0.1)
+    assert judges.summary(added(judges, {"halves": 2 * real["halves"]}))["diversity-halves"] == pytest.approx(
+        2, abs=0.2
+    )
+    one_each = judging.Judges([metric], ["a"] * 40, CPU, real, "")
+    assert "diversity-halves" not in one_each.summary(added(one_each, real))
 
 
 def test_a_run_gives_the_whole_prompts_of_its_cache(tmp_path, module):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
-from distill.execution.sources import Solving
+from distill.execution.solving import Solving
 from distill.flow.draws import sample_noise
 from distill.pairs import accuracy, choice, manifest
 from distill.plans import planning
@@ -40,7 +40,7 @@ def make(given: PairsStage, folder: Path, part: tuple[int, int] | None = None) -
     said = []
     with StopRequest() as stop, Progress("pairs", pairspec.size(given, part), "pairs", None) as progress:
         progress._sink.say = said.append
-        solving(given, folder.parent).generate(folder, progress, stop, part)
+        solving(given, folder.parent).prepare(folder, progress, stop).generate(folder, progress, stop, part)
     return [text for text in said if text.startswith("solver")]
 
 

@@ -16,7 +16,7 @@ from distill.flow.draws import Rows
 from distill.flow.fields import Counted
 from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
-from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, plan
+from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, finish, generate, plan
 from distill.pairs.numbers import Rounding, Whiteness
 from distill.pairs.paths import of_data
 from distill.runs.progress import Progress
@@ -45,6 +45,7 @@ def make(folder, teacher=TEACHER, *, seed=11, law=None, data=None, part=None, st
             seed=seed, device=CPU, progress=progress, stop=stop or StopRequest(), part=part, real=real,
             data_digest=digest,
         )  # fmt: skip
+        finish(folder, progress)
     return folder
 
 

@@ -43,15 +43,14 @@ def report(ready: "Ready", counted: "RunCounter | None", site: "SiteSource", *, 
     launch, kind = ready.resolved.spec.launch, device_kinds.kind_or_memory(site.site.gpus)
     machines = Machines(kind, launch.nodes, launch.procs)
     layout = layout_of(counted.found.trainings, machines, launch)
-    kinds = list(dict.fromkeys(what for each in layout.trainings.values() for what in each.memory))
     rows = [
         [
-            name, *(human(each.memory[what]) if what in each.memory else "-" for what in kinds), human(each.needed),
-            f"{each.seconds / HOUR:.3g}", f"{each.seconds * machines.procs / HOUR:.3g}",
+            name, human(each.needed), human(each.memory["activations"]), f"{each.seconds / HOUR:.3g}",
+            f"{each.seconds * machines.procs / HOUR:.3g}",
         ]
         for name, each in layout.trainings.items()
     ]  # fmt: skip
-    columns = ["predicted memory of a GPU", *kinds, "total", "hours", "GPU-hours"]
+    columns = ["predicted", "memory of a GPU", "of it activations", "hours", "GPU-hours"]
     print_table(columns, rows, right=columns[1:])
     say(f"for {machines.procs} x {kind.title}, as {site.path} states; `distill plan --gpus` says what is assumed")
     for name, each in layout.trainings.items():

@@ -28,7 +28,7 @@ MOST_NODES, SHOWN = 100_000, 6
 DIGITS = 3  # of numbers that are shown
 SHORTEST = 0.02  # seconds of a step, below which starting kernels takes longer than what they compute
 
-GpusOption = Annotated[
+GpusToPlan = Annotated[
     str | None,
     typer.Option(
         "--gpus",
@@ -36,7 +36,7 @@ GpusOption = Annotated[
         help="GPUs of a node, like 8xh100, or 8x80GB: print what trainings need of them, and how long they take.",
     ),
 ]
-NodesOption = Annotated[
+NodesToPlan = Annotated[
     str | None, typer.Option("--nodes", metavar="N|A..B", help="With --gpus: the number of nodes; by default 1.")
 ]
 ModelOption = Annotated[

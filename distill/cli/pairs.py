@@ -163,10 +163,11 @@ def _of_teacher(
         check_out(out)
     where = arguments.teacher(given, store)
     with importing():
-        from distill import teachers
+        from distill import pairs, teachers
         from distill.core.stop import StopRequest
         from distill.data import load_data
-        from distill.execution.sources import Solving, note_labels
+        from distill.execution.solving import Solving
+        from distill.execution.sources import note_labels
         from distill.runs.progress import Progress
 
     place = arguments.device(device)
@@ -181,7 +182,8 @@ def _of_teacher(
         return
     assert out is not None
     with StopRequest() as stop, Progress("pairs", pairspec.size(stage, share), "pairs", None) as progress:
-        solving.generate(out, progress, stop, share)
+        solving.prepare(out, progress, stop).generate(out, progress, stop, share)
+        pairs.finish(out, progress)
     which = "" if share is None else f" (part {share[0] + 1} of {share[1]})"
     say(f"{pairspec.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
     say(_told(out))
@@ -212,14 +214,13 @@ def _of_spec(
                 f"with: distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
             )
     if check:
-        from distill.execution import devices, stages
+        from distill.execution import devices, solving
+        from distill.execution.work import Work
         from distill.spec import resolved
 
-        work = stages.Work(
-            run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch, numerics=spec.numerics)
-        )
-        with stages.solving(work, indexed=False) as solving:
-            say(solving.accuracy())
+        work = Work(run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch, numerics=spec.numerics))
+        with solving.opened(work, indexed=False) as solved:
+            say(solved.accuracy())
         return
     from distill.launch import tasks
 

@@ -36,7 +36,7 @@ def stage(
     measure: Annotated[bool, typer.Option("--measure", help="Record the memory that training uses.")] = False,
     part: PartOption = None,
 ) -> None:
-    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.
+    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that work together.
 
     torchrun and `accelerate launch --multi_gpu` set these variables too. slurm/README.md says how they treat signals.
     """
@@ -112,28 +112,21 @@ def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.mod
 
 
 def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]) -> None:
-    """Refuse to train or make a cache with another number of processes than the spec's, or other stages in several."""
+    """Refuse another number of processes than the spec's."""
     launch, size = spec.launch, _world_size()
-    for name in names:
-        wanted = launch.world_size if spec.uses_all(name) else 1
-        if (size or 1) == wanted:
-            continue
-        how = "made" if name == spec.cache else "trained"
-        if size is None:
-            raise InputError(
-                f"stage '{name}' must be {how} by {wanted} processes (launch.nodes={launch.nodes}, "
-                f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {LAUNCHERS}"
-            )
-        if wanted == 1 and not spec.uses_all(name):
-            raise InputError(
-                f"WORLD_SIZE={size}, but stage '{name}' is computed by one process; run `distill stage` for it "
-                "without a launcher"
-            )
+    wanted, stages = launch.world_size, ", ".join(f"'{name}'" for name in names)
+    if (size or 1) == wanted:
+        return
+    if size is None:
         raise InputError(
-            f"WORLD_SIZE={size}, but stage '{name}' must be {how} by {wanted} process{'es' if wanted > 1 else ''} "
-            f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
-            f"distill run RUN --resume launch.procs={size}"
+            f"stage {stages} must be computed by {wanted} processes (launch.nodes={launch.nodes}, "
+            f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {LAUNCHERS}"
         )
+    raise InputError(
+        f"WORLD_SIZE={size}, but stage {stages} must be computed by {wanted} process{'es' if wanted > 1 else ''} "
+        f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
+        f"distill run RUN --resume launch.procs={size}"
+    )
 
 
 def _world_size() -> int | None:

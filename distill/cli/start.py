@@ -89,7 +89,7 @@ def checked(
         from distill.execution import devices, preflight  # imports torch
 
     if here:
-        devices.place(spec.launch, max(spec.processes(name)[1] for name in spec.stages), spec.numerics)
+        devices.place(spec.launch, spec.launch.procs, spec.numerics)
     return preflight.check(resolved, store, keep_index=store is not None and (new or store.is_dir()), visit=visit)
 
 

@@ -196,6 +196,7 @@ def evaluate(
             out, "eval", stage, loaded, students, real,
             seed=seed, device=place, progress=progress, stop=stop, store=runs, prompts=texts or None,
         )  # fmt: skip
+    assert found is not None, "this process is alone"
     if json:
         print_json(found.model_dump(mode="json"))
     else:

@@ -114,8 +114,8 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run two steps of each training and measure its memory.")
     ] = False,
-    gpus: gpu_plan.GpusOption = None,
-    nodes: gpu_plan.NodesOption = None,
+    gpus: gpu_plan.GpusToPlan = None,
+    nodes: gpu_plan.NodesToPlan = None,
     model: gpu_plan.ModelOption = None,
     utilisation: gpu_plan.UtilisationOption = None,
     step_time: gpu_plan.MeasuredOption = None,

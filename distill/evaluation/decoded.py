@@ -1,6 +1,6 @@
-"""What an evaluation sees of samples: features of all, and the first ones as images.
+"""What an evaluation sees of a block of samples: features, and the first ones as images.
 
-Latents are decoded once, a few at a time, so that the pixels of all samples are never in memory together.
+Latents are decoded a few at a time, so that the pixels of all are never in memory together.
 """
 
 from collections.abc import Mapping
@@ -17,44 +17,47 @@ from distill.protocols import Codec
 
 @dataclass(frozen=True)
 class SeenSamples:
-    """features: [N, D]; None: there is nothing to compare with. first: samples as pixels or vectors, [n, ...].
+    """features: [n, D]; None: there is nothing to compare with. shown: samples as pixels or vectors; None: none are.
 
     judged: what each of the user's metrics says of the samples, by name.
     """
 
     features: Tensor | None
-    first: Tensor
+    shown: Tensor | None
     judged: Mapping[str, Tensor]
 
 
 def seen(
     samples: Tensor,
+    start: int,
     codec: Codec,
     reference: Reference | None,
     judges: Judges | None,
-    count: int,
+    shown: int,
     device: torch.device,
 ) -> SeenSamples:
-    """What an evaluation needs of samples [N, ...], and the first `count` of them.
+    """What an evaluation needs of consecutive samples [n, ...]. start: the number of the first of them.
 
-    Without a reference and judges, no others are decoded. device: that latents are decoded on.
+    shown: how many samples of the row are shown. Without a reference and judges, no others are decoded. device: that
+    latents are decoded on.
     """
-    wanted = samples if reference is not None or judges is not None else samples[:count]
-    block = len(wanted) if codec.is_identity else codec.together(tuple(samples.shape[1:]))
-    features, first = list[Tensor](), list[Tensor]()
+    left = max(0, shown - start)
+    wanted = samples if reference is not None or judges is not None else samples[:left]
+    together = max(1, len(wanted)) if codec.is_identity else codec.together(tuple(samples.shape[1:]))
+    features, pictures = list[Tensor](), list[Tensor]()
     judged: dict[str, list[Tensor]] = {}
-    for start in range(0, len(wanted), block):
-        part = wanted[start : start + block]
+    for at in range(0, len(wanted), together):
+        part = wanted[at : at + together]
         pixels = part if codec.is_identity else codec.decode(part.to(device)).cpu()
         if reference is not None:
             features.append(reference.embed(pixels))
         if judges is not None:
-            for name, found in judges.judge(pixels, start).items():
+            for name, found in judges.judge(pixels, start + at).items():
                 judged.setdefault(name, []).append(found)
-        if start < count:
-            first.append(as_shown(pixels[: count - start]))
+        if at < left:
+            pictures.append(as_shown(pixels[: left - at]))
     by_name = {name: torch.cat(parts) for name, parts in judged.items()}
-    return SeenSamples(torch.cat(features) if features else None, torch.cat(first), by_name)
+    return SeenSamples(torch.cat(features) if features else None, torch.cat(pictures) if pictures else None, by_name)
 
 
 def as_shown(samples: Tensor) -> Tensor:

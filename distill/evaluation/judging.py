@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -22,10 +23,10 @@ from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.evaluation import order
 from distill.evaluation.metrics import own
-from distill.evaluation.metrics.frechet import frechet
 from distill.evaluation.metrics.own import OwnMetric
-from distill.evaluation.metrics.reference import Reference
+from distill.evaluation.metrics.reference import Reference, frechet_of
 from distill.evaluation.order import PromptOrder
+from distill.evaluation.tally import RowSums
 from distill.flow.draws import permutation
 from distill.flow.tensor_bytes import in_safetensors
 from distill.runs.progress import Progress
@@ -59,45 +60,54 @@ class Judges:
         texts = [self.texts[(first + i) % len(self.texts)] for i in range(len(images))]
         return judged(self.metrics, self.device, [(images, texts)])
 
-    def summary(self, found: Mapping[str, Tensor]) -> dict[str, float]:
-        """The numbers of a row by the names of their columns. found: what each metric says of all its samples."""
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """The metrics whose features of real images are known, and these."""
+        return {
+            name: Reference(name, "", lambda features: features, values, frechet_of)
+            for name, values in self.real.items()
+            if values.ndim > 1
+        }
+
+    def summary(self, found: RowSums) -> dict[str, float]:
+        """The numbers of a row by the names of their columns."""
         numbers: dict[str, float] = {}
         for metric in self.metrics:
-            values = found[metric.name]
-            if values.ndim == 1:
-                numbers[metric.name] = _statistic(metric, values)
-            elif metric.name not in self.real:
+            if metric.name in found.scores:
+                numbers[metric.name] = _statistic(metric, torch.cat(found.scores[metric.name]))
+            elif metric.name not in self.references:
                 raise RunError(
                     f"the metric {metric.name} returned features, but there are no real images to compare them with; "
                     "evaluate with data that has images, or return one score for each image"
                 )
             else:
-                real = Reference(metric.name, "", lambda features: features, self.real[metric.name], frechet)
-                numbers |= {f"{COLUMNS[name]}-{metric.name}": each for name, each in real.measure(values).items()}
-                numbers |= self._diversity(metric.name, values)
+                measured = self.references[metric.name].measure(found.embedded[metric.name])
+                numbers |= {f"{COLUMNS[name]}-{metric.name}": each for name, each in measured.items()}
+                numbers |= self._diversity(metric.name, found)
         for name, number in numbers.items():
             if not math.isfinite(number):
                 raise RunError(f"{name} is {number}; its function returned values that cannot be compared")
         return numbers
 
-    def by_group(self, found: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    def by_group(self, found: RowSums) -> dict[str, dict[str, float]]:
         """The scores of the samples whose prompts are in a group: group -> metric -> number."""
         numbers: dict[str, dict[str, float]] = {}
         for group, members in self.groups.items():
             for metric in self.metrics:
-                values = found[metric.name]
+                if metric.name not in found.scores:
+                    continue
+                values = torch.cat(found.scores[metric.name])
                 rows = [number for number in range(len(values)) if number % len(self.texts) in members]
-                if values.ndim == 1 and rows:
+                if rows:
                     numbers.setdefault(group, {})[metric.name] = _statistic(metric, values[rows])
         return numbers
 
-    def _diversity(self, name: str, values: Tensor) -> dict[str, float]:
+    def _diversity(self, name: str, found: RowSums) -> dict[str, float]:
         """The mean distance of two samples of one prompt, divided by that of two real images."""
-        count = len(self.texts)
-        if len(values) <= count:
+        repeated = found.by_text(name)
+        if not repeated:
             return {}  # there is one sample of each prompt
-        repeated = range(min(count, len(values) - count))
-        within = torch.cat([torch.pdist(values[number::count][:MOST_COMPARED]) for number in repeated])
+        within = torch.cat([torch.pdist(each[:MOST_COMPARED]) for each in repeated])
         apart = torch.pdist(self.real[name][:MOST_COMPARED]).mean()
         return {f"diversity-{name}": (within.mean() / apart).item()} if apart > 0 else {}
 

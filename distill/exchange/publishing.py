@@ -274,7 +274,7 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
 
 def _cost(chosen: ChosenStudent, spec: RunSpec, name: str, images: int, took: Time) -> TrainingCost:
     stage = spec.stages[name]
-    procs = spec.launch.world_size if spec.uses_all(name) else 1
+    procs = spec.launch.world_size
     seconds = took.total
     match stage:
         case TrainStage():

@@ -3,18 +3,17 @@
 Modules for evaluation are imported where they are used: their libraries take seconds to import, on every rank.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 
+from distill import pairs
 from distill.core import file_checksums
 from distill.core.atomic import write_json
 from distill.core.errors import RunError
 from distill.core.stop import StopRequest
 from distill.data import update_index
-from distill.execution import caching, devices, sources, train_stage
+from distill.execution import caching, devices, solving, train_stage
 from distill.execution.caching import Caching
 from distill.execution.work import Work
 from distill.runs import cached
@@ -38,7 +37,7 @@ def run(
 ) -> None:
     """Run the stages `names` of a run, in order. A stage is marked as done once it is complete.
 
-    If several ranks train together, rank 0 writes all files, except for the reports of memory.
+    If several ranks work together, rank 0 writes all files, except for shards and for the reports of memory.
 
     measure: each rank reports the memory that training needs.
     part: (i, n) makes only the shards i, i + n, ... of a pairs or cache stage, which is then not marked as done, and
@@ -102,20 +101,10 @@ def _share_checksums(paths: RunPaths, spec: RunSpec, names: list[str], world: Wo
     file_checksums.read(paths.root)
 
 
-@contextmanager
-def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
-    """A context with a pairs stage and its loaded inputs. indexed: see `load_data`."""
-    stage = work.spec.stages[work.name]
-    assert isinstance(stage, PairsStage)
-    with work.inputs(indexed=indexed) as inputs:
-        yield sources.Solving.of_run(work.run, stage, inputs, work.seed, work.device)
-
-
 def _cache(work: Work) -> dict[str, object]:
     """Make the caches of the spec, each rank a part of their shards."""
     run, world, store = work.run, work.world, work.run.root.parent
-    (i, n), (rank, size) = work.part or (0, 1), (world.rank, world.size)
-    part = i + n * rank, n * size
+    part = work.own_part or (0, 1)
     made = Caching.of(work.resolved, store, run.root, indexed=True)
     if world.first:
         cached.note(run, work.name, made.planned)
@@ -131,9 +120,15 @@ def _cache(work: Work) -> dict[str, object]:
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
-    folder = work.run.stage(work.name).pairs
-    with work.progress(pairspec.size(stage, work.part), "pairs") as progress, solving(work) as solved:
-        solved.generate(folder, progress, work.stop, work.part)
+    """Make the pairs of a stage, each rank a part of their shards."""
+    folder, part = work.run.stage(work.name).pairs, work.own_part
+    with work.progress(pairspec.size(stage, part), "pairs") as progress, solving.opened(work) as solved:
+        prepare = partial(solved.prepare, folder, progress, work.stop)
+        solved = work.world.alone("solver of the pairs", prepare) or prepare()
+        solved.generate(folder, progress, work.stop, part)
+        if work.part is None:
+            work.world.wait("pairs", partial(work.stop.raise_if_requested, "its part of the pairs"))
+            work.world.alone("looking at the pairs", partial(pairs.finish, folder, progress))
     return {"count": stage.count, "pairs": str(folder)}
 
 
@@ -141,7 +136,7 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
 
-    total = evalspec.num_samples(stage, work.resolved.samplers(stage))
+    total, world = evalspec.num_samples(stage, work.resolved.samplers(stage)), work.world
     with work.progress(total, "samples") as progress, work.inputs() as inputs:
         found = measuring.evaluate(
             work.run,
@@ -156,8 +151,16 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
             stop=work.stop,
             like=work.teacher,
             prompts=inputs.texts,
+            world=world,
         )
-        rounds_table.say(found, work.run, progress)
-    for student in stage.students:
-        train_stage.say_measured(work.run, found, student)
-    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report_page.write(work.run))}
+        if found is not None:
+            rounds_table.say(found, work.run, progress)
+
+    def report() -> str:
+        assert found is not None, "rank 0 has all rows"
+        for student in stage.students:
+            train_stage.say_measured(work.run, found, student)
+        return str(report_page.write(work.run))
+
+    written = world.alone("report", report)
+    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": written}

@@ -35,6 +35,14 @@ class Work:
         return self.resolved.spec
 
     @property
+    def own_part(self) -> tuple[int, int] | None:
+        """(i, n): this rank makes the shards i, i + n, ... of a set; None: it makes all."""
+        if self.world.size == 1:
+            return self.part
+        i, n = self.part or (0, 1)
+        return i + n * self.world.rank, n * self.world.size
+
+    @property
     def teacher(self) -> TeacherSpec | None:
         """The teacher of the spec, with the embeddings in the run's cache, if there are any."""
         return cached.with_conditions(self.spec, self.run).teacher

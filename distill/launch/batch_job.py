@@ -123,7 +123,7 @@ class BatchJob:
     def _environment(self, name: str, index: int, ends: Path) -> dict[str, str]:
         """The environment of srun and all its processes. It also sets the number of processes that srun starts."""
         launch = self.spec.launch
-        nodes, procs = self.spec.processes(name) if self.part is None else (1, 1)
+        nodes, procs = (launch.nodes, launch.procs) if self.part is None else (1, 1)
         divided = isinstance(self.spec.stages[name], TrainStage) and launch.zero_stage is not None
         unit = name if self.part is None else f"{name}.{self.part[0]}"
         env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}

@@ -1,8 +1,8 @@
 """Starts processes on this machine for the stages of a run, and forwards stop signals to them.
 
-Train and cache stages use `launch.procs` ranks. Rank 0 prints to the terminal, the others write to the run's logs.
-Other stages use one process. The processes hold one end of a pipe. If this parent process is killed, the pipe is
-closed, and they save and exit as after a TERM signal.
+All stages use `launch.procs` ranks. Rank 0 prints to the terminal, the others write to the run's logs. The processes
+hold one end of a pipe. If this parent process is killed, the pipe is closed, and they save and exit as after a TERM
+signal.
 """
 
 import itertools
@@ -31,12 +31,12 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
     """
     with ranks.Relay() as relay:
         spec, ending = todo.load_spec(run), ranks.MEASURED if measure else None
-        for size, names in groups(spec, stages):
+        for names in groups(spec, stages):
             if relay.asked:
                 ranks.say_not_begun(run, ending=ending)
                 return EXIT_STOPPED
             command = ["distill", "stage", str(run.root), *names, *(["--measure"] if measure else [])]
-            code = _run(run, command, _environments(run, spec, size), relay, ending=ending)
+            code = _run(run, command, _environments(run, spec), relay, ending=ending)
             if code:
                 return code
             if not measure and not all(run.stage(name).done.exists() for name in names):
@@ -81,16 +81,12 @@ def _run(
         os.close(theirs)
 
 
-def groups(spec: RunSpec, stages: list[str]) -> list[tuple[int, list[str]]]:
-    """[(number of processes, stages)]: consecutive stages that the same processes compute.
+def groups(spec: RunSpec, stages: list[str]) -> list[list[str]]:
+    """Consecutive stages that the same processes compute.
 
     A cache stage has processes of its own, so that the memory of its encoders is free when other stages begin.
     """
-
-    def kind(name: str) -> tuple[int, bool]:
-        return spec.processes(name)[1], name == spec.cache
-
-    return [(count, list(names)) for (count, _), names in itertools.groupby(stages, key=kind)]
+    return [list(names) for _, names in itertools.groupby(stages, key=lambda name: name == spec.cache)]
 
 
 def watch(lifeline: int) -> None:
@@ -107,8 +103,9 @@ def watch(lifeline: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str]]:
-    """The environment of each process of a group. The threads are divided among the processes."""
+def _environments(run: RunPaths, spec: RunSpec) -> list[dict[str, str]]:
+    """The environment of each process. The threads are divided among the processes."""
+    size = spec.launch.procs
     threads = machine.load(run).threads or environment.threads()
     env = _own(run.root, spec.launch.threads or max(1, threads // size))
     return [env] if size == 1 and spec.launch.zero_stage is None else _of_ranks(env, size)

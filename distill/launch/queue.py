@@ -23,9 +23,8 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
     options = spec.launch.slurm
     needs = {name: checks.needed(spec, name) for name in stages}
     if options.one_job:
-        trains = any(spec.uses_all(name) for name in stages)
         others = {target for each in needs.values() for target in each}
-        return [JobPlan("all", list(stages), None, [], others, trains)] if stages else []
+        return [JobPlan("all", list(stages), None, [], others)] if stages else []
     found: list[JobPlan] = []
     for name in stages:
         stage = spec.stages[name]
@@ -33,9 +32,9 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
         if isinstance(stage, PairsStage | CacheStage) and options.pairs_jobs > 1 and name not in parted:
             missing = jobs.parts_to_make(run, spec, name)
             if missing:
-                found.append(JobPlan(f"{name}.parts", [name], missing, after, needs[name], trains=False))
+                found.append(JobPlan(f"{name}.parts", [name], missing, after, needs[name]))
                 after = [f"{name}.parts"]
-        found.append(JobPlan(name, [name], None, list(dict.fromkeys(after)), needs[name], spec.uses_all(name)))
+        found.append(JobPlan(name, [name], None, list(dict.fromkeys(after)), needs[name]))
     return found
 
 

@@ -32,17 +32,15 @@ class JobPlan:
     """name of its script and logs"""
     stages: list[str]
     parts: list[int] | None
-    """parts of a job array; None: not an array"""
+    """parts of a job array, each of which is computed by one process; None: all processes compute its stages"""
     after: list[str]
     """names of jobs of the same submission that must succeed first"""
     needs: Collection[str] = ()
     """stages, of this submission or an earlier one, that must be done first"""
-    trains: bool = True
-    """whether one of its stages trains, or makes a cache; other stages use one process"""
 
     def described(self, launch: LaunchSpec) -> list[str]:
         """Cells of a table row: name, what it computes, nodes x processes, jobs that it waits for."""
-        where = f"{launch.nodes} x {launch.procs}" if self.trains else "1 x 1"
+        where = "1 x 1" if self.parts else f"{launch.nodes} x {launch.procs}"
         kind = f"array of {len(self.parts)}" if self.parts else ", ".join(self.stages)
         return [self.name, kind, where, ", ".join(self.after)]
 
@@ -141,14 +139,14 @@ def _render(
 
 
 def _header(run: RunPaths, launch: LaunchSpec, plan: JobPlan, site: Site) -> list[str]:
-    options, trains = launch.slurm, plan.trains
-    gpus = options.gpus_per_node if trains else min(1, options.gpus_per_node)
+    options, together = launch.slurm, plan.parts is None
+    gpus = options.gpus_per_node if together else min(1, options.gpus_per_node)
     given = {
         "job-name": f"{run.name}.{plan.name}",
         "comment": comment(run),
         "array": None if plan.parts is None else ",".join(map(str, plan.parts)),
-        "nodes": launch.nodes if trains else 1,
-        "ntasks-per-node": launch.procs if trains else 1,
+        "nodes": launch.nodes if together else 1,
+        "ntasks-per-node": launch.procs if together else 1,
         "cpus-per-task": options.cpus_per_task,
         "gpus-per-node": gpus or None,
         "mem": options.memory,

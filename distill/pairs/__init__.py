@@ -3,9 +3,9 @@
 Reading them takes an amount of memory that does not depend on their number.
 """
 
-from distill.pairs.generate import generate, plan, velocity
+from distill.pairs.generate import finish, generate, plan, velocity
 from distill.pairs.manifest import Manifest
 from distill.pairs.mixed import Beside, Mixed
 from distill.pairs.read import PairSet, PairSource
 
-__all__ = ["Beside", "Manifest", "Mixed", "PairSet", "PairSource", "generate", "plan", "velocity"]
+__all__ = ["Beside", "Manifest", "Mixed", "PairSet", "PairSource", "finish", "generate", "plan", "velocity"]

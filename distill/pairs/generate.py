@@ -15,7 +15,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.flow import draws
 from distill.pairs import accuracy, paths
-from distill.pairs.manifest import KIND, Manifest, ShardFile, noise_sha256
+from distill.pairs.manifest import KIND, Manifest, ShardFile, noise_sha256, read
 from distill.pairs.numbers import TOLERATED, Rounding, Whiteness
 from distill.pairs.paths import Real
 from distill.protocols import VelocityField
@@ -68,7 +68,7 @@ def generate(
         if is_new and fit is None and not is_checked:
             accuracy.advise(field, planned, real, device, folder, progress, stop)
 
-    completed = shards.make(
+    shards.make(
         KIND,
         planned,
         folder,
@@ -81,12 +81,18 @@ def generate(
         part=part,
         begin=begin,
     )
-    if completed is not None:
-        _judge(completed, progress)
 
 
-def _judge(manifest: Manifest, progress: Progress) -> None:
-    """Warn if storing the pairs changed them too much, or if inverted noise is not like standard normal noise."""
+def finish(folder: Path, progress: Progress) -> None:
+    """Look at a set of pairs, of which parts were made by several processes. Nothing is done before it is complete.
+
+    Removes the records of its shards. Warns if storing the pairs changed them too much, or if inverted noise is not
+    like standard normal noise.
+    """
+    manifest = read(folder)
+    if manifest is None or not manifest.done:
+        return
+    shards.remove_records(folder, manifest.layout)
     if (rounding := manifest.rounding.relative) > TOLERATED:
         fits = "is only for pixels in [-1, 1]" if manifest.dtype == "uint8" else "is not precise enough for this data"
         progress.warn(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from distill.spec.layout import Layout
-from distill.spec.model import CacheStage, LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.spec.model import LaunchSpec, PairsStage, RunSpec
 
 TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
 
@@ -54,9 +54,8 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
 
 
 def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
-    together = any(isinstance(stage, TrainStage | CacheStage) for stage in spec.stages.values())
     gpus = launch.slurm.gpus_per_node
-    if gpus and together and gpus != launch.procs:
+    if gpus and gpus != launch.procs:
         yield (
             f"launch.slurm.gpus_per_node: {gpus} given, but launch.procs is {launch.procs}; each process uses one GPU, "
             "so make them equal"

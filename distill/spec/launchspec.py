@@ -1,4 +1,4 @@
-"""Validation of how a spec is executed: the processes that train, or make a cache, together."""
+"""Validation of how a spec is executed: by which processes, and how they divide a training."""
 
 from collections.abc import Iterator
 
@@ -52,7 +52,6 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: has no effect with one process; remove it"
-    training = ("nodes", "procs", "workers", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch")
-    for name in training:
-        if name in given and not trains and not (name in ("nodes", "procs") and spec.cache is not None):
+    for name in ("workers", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
+        if name in given and not trains:
             yield f"launch.{name}: {given[name]} given, but it applies to training, and no stage trains; remove it"

@@ -237,9 +237,9 @@ class LaunchSpec(FrozenModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
     nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """number of nodes that train, or make a cache, together, for `distill submit`"""
+    """number of nodes that work together, for `distill submit`"""
     procs: Processes = 1
-    """number of processes per node that train, or make a cache, together"""
+    """number of processes per node; they train together, and divide pairs, caches and evaluations among them"""
     threads: Processes | None = None
     """CPU threads per process; null: the available CPUs, divided by procs"""
     micro_batch: Samples | Literal["auto"] | None = None
@@ -319,14 +319,6 @@ class RunSpec(FrozenModel):
     def cache(self) -> str | None:
         """The name of the cache stage, whose caches all other stages wait for; None if there is none."""
         return next((name for name, stage in self.stages.items() if isinstance(stage, CacheStage)), None)
-
-    def uses_all(self, stage: str) -> bool:
-        """Whether all processes of `launch` compute a stage together; else one does."""
-        return isinstance(self.stages[stage], TrainStage | CacheStage)
-
-    def processes(self, stage: str) -> tuple[int, int]:
-        """(nodes, processes per node) that compute a stage."""
-        return (self.launch.nodes, self.launch.procs) if self.uses_all(stage) else (1, 1)
 
     def guidance_of_pairs(self, stage: TrainStage) -> FieldSettings:
         """The settings with which the pairs of a train stage are made; they are the same for all of them."""

@@ -3,7 +3,7 @@
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -240,15 +240,16 @@ def blocks(
     block: int,
     device: torch.device,
     conditions: Sequence[int] | None = None,
+    numbers: Iterable[int] | None = None,
 ) -> Iterator[Block]:
     """Samples 0 to count - 1, `block` at a time, in the shape and with the conditions of `like`.
 
-    conditions: numbers of conditions that samples use in turn; None: all.
+    conditions: numbers of conditions that samples use in turn; None: all. numbers: of the blocks; None: all.
 
     The last block is filled up with further samples, which are dropped: the values of a sample must not depend on
     `count`. RunError if a sample is not finite.
     """
-    for start in range(0, count, block):
+    for start in range(0, count, block) if numbers is None else (number * block for number in numbers):
         indices = range(start, start + block)
         noise = sample_noise(seed, indices, like.shape).to(device)
         fresh = [each.to(device) for each in fresh_noises(seed, indices, like.shape, method.fresh)]

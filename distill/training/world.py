@@ -167,6 +167,18 @@ class World:
                 time.sleep(POLL)
             return [each.decode() for each in self.store.multi_get(keys)]
 
+    def gather(self, place: str, item: T) -> list[T]:
+        """The items that all ranks give, in the order of the ranks, on rank 0; an empty list on the others.
+
+        An item is anything that can be pickled; its tensors are on the CPU. All ranks must call it.
+        """
+        if self.size == 1:
+            return [item]
+        found: list[T] | None = [item] * self.size if self.first else None
+        with self.contact(place):
+            distributed.gather_object(item, found, 0)
+        return found or []
+
     def wait(self, what: str, look: Callable[[], None]) -> None:
         """Wait until all ranks have called this, however long their own work before takes. All ranks must call it.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,16 +12,16 @@ from distill.core.printing import say_error
 from distill.data import DataSet
 from distill.data.encoded import DecodedData
 from distill.evaluation.metrics import features
-from distill.evaluation.metrics.frechet import frechet
+from distill.evaluation.metrics.frechet import gaussian_frechet
 from distill.evaluation.metrics.kernel import kid
 from distill.evaluation.metrics.manifold import precision_recall
 from distill.evaluation.metrics.wasserstein import sliced_wasserstein
+from distill.evaluation.tally import MOST_COMPARED, FeatureSums
 from distill.flow.draws import key
 from distill.protocols import Codec
 from distill.runs.results import FeatureNet
 
 FLOORS = 4  # number of other sets of exact samples that the floor is the mean over
-MAX_COMPARED = 5_000  # most samples of each set for metrics whose time grows with the square of their number
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,22 @@ class Reference:
     identity: str  # identifies the set; distances from other sets are not comparable
     embed: Callable[[Tensor], Tensor]  # samples [N, ...] -> features [N, D]
     values: Tensor  # features of the set [M, D]
-    distance: Callable[[Tensor, Tensor], float]
+    distance: Callable[[FeatureSums, FeatureSums], float]
+    whole: bool = False  # whether the distance needs the features of all samples
     network: FeatureNet | None = None
     floor: float | None = None  # mean distance between this set and other sets of exact samples
     points: Tensor | None = None  # exact samples, for pictures
 
-    def measure(self, found: Tensor) -> dict[str, float]:
-        """The metrics of samples, given their features [N, D]: distance, KID, precision and recall."""
-        real, some = self.values[:MAX_COMPARED], found[:MAX_COMPARED]
+    @cached_property
+    def sums(self) -> FeatureSums:
+        """Those of the set."""
+        return FeatureSums.of(self.values, whole=self.whole)
+
+    def measure(self, found: FeatureSums) -> dict[str, float]:
+        """The metrics of samples, given the sums of their features: distance, KID, precision and recall."""
+        real, some = self.values[:MOST_COMPARED], found.first[:MOST_COMPARED]
         precision, recall = precision_recall(real, some)
-        distance = self.distance(found, self.values)
+        distance = self.distance(found, self.sums)
         scale = self.values.square().mean().sqrt()  # the cubic kernel expects features of magnitude 1
         kernel = kid(some / scale, real / scale)
         return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
@@ -62,7 +69,7 @@ def of_images(data: DataSet, folder: Path) -> Reference:
     """The Frechet distance to real images. The feature network is kept in `folder`, and trained if it is not there."""
     net = features.prepare(data, folder)
     shown = FeatureNet(task=net.task, accuracy=net.accuracy, dim=net.reference.shape[1])
-    return Reference(net.name, net.digest, net, net.reference, frechet, shown)
+    return Reference(net.name, net.digest, net, net.reference, frechet_of, network=shown)
 
 
 def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, seed: int) -> Reference:
@@ -73,7 +80,18 @@ def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, see
     values = exact_data(key(seed, "reference"), range(count))
     others = (exact_data(key(seed, "floor", number), range(count)) for number in range(FLOORS))
     floor = sum(sliced_wasserstein(other, values) for other in others) / FLOORS
-    return Reference("SW2", f"exact/{count}", _itself, values, sliced_wasserstein, floor=floor, points=values[:2000])
+    return Reference(
+        "SW2", f"exact/{count}", _itself, values, _wasserstein, whole=True, floor=floor, points=values[:2000]
+    )
+
+
+def frechet_of(x: FeatureSums, y: FeatureSums) -> float:
+    """The Frechet distance; see `frechet`."""
+    return gaussian_frechet(x.mean, x.covariance, y.mean, y.covariance)
+
+
+def _wasserstein(x: FeatureSums, y: FeatureSums) -> float:
+    return sliced_wasserstein(x.first, y.first)
 
 
 def _itself(samples: Tensor) -> Tensor:
