@@ -133,17 +133,15 @@ def test_what_is_stored_depends_on_who_reads_it():
 def test_all_other_stages_wait_for_it_and_all_processes_make_it():
     given = spec(launch={"procs": 2, "slurm": {"pairs_jobs": 3}}, stages={"solve": SOLVE, "learn": LEARN, "e": MEASURE})
     planned = queue.plans(RunPaths(Path("x").absolute()), given, list(given.stages))
-    assert {plan.name: (plan.parts, plan.after, plan.trains) for plan in planned} == {
-        "cache.parts": ([0, 1, 2], [], False),
-        "cache": (None, ["cache.parts"], True),
-        "solve.parts": ([0, 1], ["cache"], False),
-        "solve": (None, ["solve.parts"], False),
-        "learn": (None, ["cache"], True),
-        "e": (None, ["cache"], False),
+    assert {plan.name: (plan.parts, plan.after, plan.described(given.launch)[2]) for plan in planned} == {
+        "cache.parts": ([0, 1, 2], [], "1 x 1"),
+        "cache": (None, ["cache.parts"], "1 x 2"),
+        "solve.parts": ([0, 1], ["cache"], "1 x 1"),
+        "solve": (None, ["solve.parts"], "1 x 2"),
+        "learn": (None, ["cache"], "1 x 2"),
+        "e": (None, ["cache"], "1 x 2"),
     }
-    assert local.groups(given, list(given.stages)) == [(2, ["cache"]), (1, ["solve"]), (2, ["learn"]), (1, ["e"])]
-    alone = spec(stages={"solve": SOLVE, "learn": LEARN})
-    assert local.groups(alone, list(alone.stages)) == [(1, ["cache"]), (1, ["solve", "learn"])]
+    assert local.groups(list(given.stages), given.cache) == [["cache"], ["solve", "learn", "e"]]
     assert [checks.needed(given, name) for name in given.stages] == [[], ["cache"], ["cache"], ["cache"]]
 
 

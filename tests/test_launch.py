@@ -187,19 +187,10 @@ def test_how_threads_wait_is_the_users_choice(monkeypatch, name):
     assert environment.thread_variables(4) == {"OMP_NUM_THREADS": "4"}
 
 
-def test_one_process_computes_all_stages_and_ranks_only_train(tmp_path):
-    spec = todo.load_spec(make_run(tmp_path))
-    names = list(spec.stages)
-    assert names == ["teach", "pairs", "reflow", "one_step", "evaluate"]
-    assert local.groups(spec, names) == [(1, names)]
-    several = spec.model_copy(update={"launch": spec.launch.model_copy(update={"procs": 3})})
-    assert local.groups(several, names) == [
-        (3, ["teach"]),
-        (1, ["pairs"]),
-        (3, ["reflow", "one_step"]),
-        (1, ["evaluate"]),
-    ]
-    assert local.groups(several, ["evaluate"]) == [(1, ["evaluate"])]
+def test_the_same_processes_compute_all_stages_but_the_cache():
+    names = ["teach", "pairs", "reflow", "one_step", "evaluate"]
+    assert local.groups(names, None) == [names]
+    assert local.groups(["cache", *names], "cache") == [["cache"], names]
 
 
 # --- what ranks are told ---
@@ -537,14 +528,14 @@ ALL = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "2950
 @pytest.mark.parametrize(
     ("procs", "size", "stage", "said"),
     [
-        (2, None, "teach", "stage 'teach' must be trained by 2 processes (launch.nodes=1, launch.procs=2), but "
+        (2, None, "teach", "stage 'teach' must be computed by 2 processes (launch.nodes=1, launch.procs=2), but "
          "WORLD_SIZE is not set; start them with `distill run`, torchrun or `accelerate launch --multi_gpu`"),
-        (2, "4", "teach", "WORLD_SIZE=4, but stage 'teach' must be trained by 2 processes (launch.nodes=1, "
+        (2, "4", "teach", "WORLD_SIZE=4, but stage 'teach' must be computed by 2 processes (launch.nodes=1, "
          "launch.procs=2); start this number, or change launch, e.g. distill run RUN --resume launch.procs=4"),
-        (1, "2", "teach", "WORLD_SIZE=2, but stage 'teach' must be trained by 1 process (launch.nodes=1, "
+        (1, "2", "teach", "WORLD_SIZE=2, but stage 'teach' must be computed by 1 process (launch.nodes=1, "
          "launch.procs=1); start this number, or change launch, e.g. distill run RUN --resume launch.procs=2"),
-        (2, "2", "pairs", "WORLD_SIZE=2, but stage 'pairs' is computed by one process; run `distill stage` for it "
-         "without a launcher"),
+        (2, None, "pairs", "stage 'pairs' must be computed by 2 processes (launch.nodes=1, launch.procs=2), but "
+         "WORLD_SIZE is not set; start them with `distill run`, torchrun or `accelerate launch --multi_gpu`"),
     ],
 )  # fmt: skip
 def test_another_number_of_processes_than_that_of_launch_is_refused(

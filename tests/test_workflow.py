@@ -302,9 +302,9 @@ CASES = {
         "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not contain "
         "whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of 64",
     ),
-    "ranks without training": (
-        vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
-        "launch.procs: 2 given, but it applies to training, and no stage trains; remove it",
+    "workers without training": (
+        vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2, "workers": 2}},
+        "launch.workers: 2 given, but it applies to training, and no stage trains; remove it",
     ),
     "whole weights": (
         images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},

@@ -31,7 +31,7 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
     """
     with ranks.Relay() as relay:
         spec, ending = todo.load_spec(run), ranks.MEASURED if measure else None
-        for names in groups(spec, stages):
+        for names in groups(stages, spec.cache):
             if relay.asked:
                 ranks.say_not_begun(run, ending=ending)
                 return EXIT_STOPPED
@@ -81,12 +81,12 @@ def _run(
         os.close(theirs)
 
 
-def groups(spec: RunSpec, stages: list[str]) -> list[list[str]]:
+def groups(stages: list[str], cache: str | None) -> list[list[str]]:
     """Consecutive stages that the same processes compute.
 
-    A cache stage has processes of its own, so that the memory of its encoders is free when other stages begin.
+    The cache stage has processes of its own, so that the memory of its encoders is free when other stages begin.
     """
-    return [list(names) for _, names in itertools.groupby(stages, key=lambda name: name == spec.cache)]
+    return [list(names) for _, names in itertools.groupby(stages, key=lambda name: name == cache)]
 
 
 def watch(lifeline: int) -> None:

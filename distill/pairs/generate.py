@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill import shards
+from distill.core.atomic import clear_up
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.flow import draws
@@ -86,13 +87,14 @@ def generate(
 def finish(folder: Path, progress: Progress) -> None:
     """Look at a set of pairs, of which parts were made by several processes. Nothing is done before it is complete.
 
-    Removes the records of its shards. Warns if storing the pairs changed them too much, or if inverted noise is not
+    Removes the records of its shards, and what killed processes have left. Warns if storing the pairs changed them too much, or if inverted noise is not
     like standard normal noise.
     """
     manifest = read(folder)
     if manifest is None or not manifest.done:
         return
     shards.remove_records(folder, manifest.layout)
+    clear_up(folder)
     if (rounding := manifest.rounding.relative) > TOLERATED:
         fits = "is only for pixels in [-1, 1]" if manifest.dtype == "uint8" else "is not precise enough for this data"
         progress.warn(
