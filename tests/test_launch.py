@@ -125,15 +125,15 @@ class Parent:
 
 @pytest.fixture
 def parent(tmp_path):
-    """By the number of ranks, with changes of the digits preset."""
+    """By the number of ranks, with changes of a preset. That of emoji has a cache stage, with processes of its own."""
 
-    def build(procs=1, *changes, threads=1):
+    def build(procs=1, *changes, threads=1, preset="digits"):
         folder = tmp_path / "fake"
         folder.mkdir()
         (folder / "stage.py").write_text(FAKE)
         built.append(
             Parent(
-                make_run(tmp_path / "runs", "one", "digits", f"launch.procs={procs}", *changes, threads=threads), folder
+                make_run(tmp_path / "runs", "one", preset, f"launch.procs={procs}", *changes, threads=threads), folder
             )
         )
         return built[-1]
@@ -197,13 +197,13 @@ def test_the_same_processes_compute_all_stages_but_the_cache():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("changes", "share", "whole"), [([], "2", "7"), (["launch.threads=5"], "5", "5")])
-def test_each_rank_knows_its_place(parent, changes, share, whole):
-    one = parent(3, *changes, threads=7)
-    one.launch("leave 0 words", "teach", "pairs", "one_step")
-    assert one.end() == (0, "words\n" * 3), "of rank 0 twice, and of the one process between"
+@pytest.mark.parametrize(("changes", "share"), [([], "2"), (["launch.threads=5"], "5")])
+def test_each_rank_knows_its_place(parent, changes, share):
+    one = parent(3, *changes, threads=7, preset="emoji")
+    one.launch("leave 0 words", "cache", "teach")
+    assert one.end() == (0, "words\n" * 2), "of rank 0 twice"
     ports = set()
-    for stage in ("teach", "one_step"):
+    for stage in ("cache", "teach"):
         environments = one.begun(3, stage)
         ports |= (mine := {env["MASTER_PORT"] for env in environments})
         assert len(mine) == 1 and 1024 <= int(*mine) < 65536
@@ -213,19 +213,16 @@ def test_each_rank_knows_its_place(parent, changes, share, whole):
             assert env["OMP_NUM_THREADS"] == share
         assert len({env["HF_MODULES_CACHE"] for env in environments}) == 3, "diffusers does not write it atomically"
     assert len(ports) == 2
-    (env,) = one.begun(1, "pairs")
-    assert env["OMP_NUM_THREADS"] == whole
-    assert not set(env) & set(local.RANK_VARIABLES)
     logs = {path.name: path.read_text() for path in one.run.log(1).parent.iterdir()}
     assert logs == {"rank-1.log": "words\n" * 2, "rank-2.log": "words\n" * 2}
 
 
 @pytest.mark.process
 def test_the_first_group_that_fails_is_the_last(parent):
-    one = parent(2)
-    one.launch("leave 0 ", "teach", "pairs", r0="leave 1 words")
+    one = parent(2, preset="emoji")
+    one.launch("leave 0 ", "cache", "teach", r0="leave 1 words")
     assert one.end() == (1, "words\n")
-    assert not list(one.folder.glob("pairs*"))
+    assert not list(one.folder.glob("teach*"))
 
 
 # --- signals ---
@@ -319,12 +316,12 @@ def test_a_signal_that_nobody_passed_on_is_a_failure(parent):
 
 @pytest.mark.process
 def test_no_group_begins_after_a_signal(parent):
-    one = parent(2)
-    one.launch("listen 0 ", "teach", "pairs")
-    one.begun(2)
+    one = parent(2, preset="emoji")
+    one.launch("listen 0 ", "cache", "teach")
+    one.begun(2, "cache")
     one.process.send_signal(signal.SIGTERM)
     assert one.end() == (75, f"stopped before it had started; {one.resume()}")
-    assert not list(one.folder.glob("pairs*"))
+    assert not list(one.folder.glob("teach*"))
 
 
 @pytest.mark.process

@@ -80,7 +80,7 @@ def test_zero_makes_fit_what_does_not_fit_otherwise():
 
 
 def test_a_section_launch_that_does_not_fit_is_described_too():
-    found = layout_of({"train": JOB}, machines(1), LaunchSpec(procs=4, zero_stage=3, micro_batch="auto"), ASSUMED)
+    found = layout_of({"train": JOB}, machines(1).kind, LaunchSpec(procs=4, zero_stage=3, micro_batch="auto"), ASSUMED)
     assert found.trainings["train"].memory == {
         "parameters": GIGA, "gradients": GIGA, "optimizer": 3 * GIGA, "ema": GIGA, "frozen": 0,
         "activations": 8 * GIGA, "gathered": 4 * GIGA,
@@ -106,7 +106,7 @@ def test_weights_of_the_teacher_that_are_divided_are_gathered_for_each_call():
     costs = replace(COSTS, frozen=2 * GIGA, teacher_calls=3)
     launch = LaunchSpec(procs=4, zero_stage=3, micro_batch=2)
     whole, divided = (
-        layout_of({"train": replace(JOB, costs=costs)}, machines(1), each, ASSUMED).trainings["train"]
+        layout_of({"train": replace(JOB, costs=costs)}, machines(1).kind, each, ASSUMED).trainings["train"]
         for each in (launch, launch.model_copy(update={"divide_teacher": True}))
     )
     assert whole.memory["frozen"] == 4 * divided.memory["frozen"] == 2 * GIGA

@@ -34,7 +34,7 @@ def spec_of(folder, teacher, recipes, **fields):
 def counted(made, folder):
     """The costs of the train stages of a spec."""
     resolved = checks.check(specfile.validate(made, "spec"), folder)
-    counter = RunCounter(resolved, lambda line: None)
+    counter = RunCounter(lambda line: None)
     preflight.check(resolved, visit=counter)
     return {name: job.costs for name, job in counter.found.trainings.items()}
 
@@ -112,7 +112,7 @@ def test_the_spec_and_its_teacher_stay_as_they_are(tmp_path):
     made = spec_of(tmp_path, "sd3", ["shortcut/shortcut"])
     resolved = checks.check(specfile.validate(made, "spec"), tmp_path)
     plain = preflight.check(resolved)
-    visited = preflight.check(resolved, visit=RunCounter(resolved, lambda line: None))
+    visited = preflight.check(resolved, visit=RunCounter(lambda line: None))
     for name, each in plain.built.items():
         assert visited.built[name].sizes == each.sizes
     assert not any(isinstance(p, torch._subclasses.FakeTensor) for p in visited.teacher.network.parameters())

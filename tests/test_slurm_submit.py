@@ -66,7 +66,7 @@ REFUSED = {
     "unknown key": (
         ["--site=key.yaml"],
         "key.yaml: modles: unknown key; did you mean 'modules'? valid: account, caches, container, environment, "
-        "modules, options, partition, partitions, python, qos, setup",
+        "gpus, modules, options, partition, partitions, python, qos, setup",
     ),
     "no mapping": (
         ["--site=list.yaml"],

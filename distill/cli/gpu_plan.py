@@ -106,13 +106,12 @@ def show(source: "distill.spec.specfile.SpecSource", options: GpuOptions, store:
         from distill.execution import layouts
         from distill.execution.run_costs import RunCounter
 
+    counter = RunCounter(say_error)
     if model is None:
-        resolved = checks.check(source.spec, source.base)
-        counter = RunCounter(resolved, say_error)
         ready = start.checked(source, here=False, store=store, visit=counter)
-        found = counter.with_sampling(ready.teacher)
+        found = counter.with_sampling(ready.resolved, ready.teacher)
     else:
-        found = RunCounter(checks.check(source.spec, source.base), say_error).of_model(model)
+        found = counter.of_model(checks.check(source.spec, source.base), model)
     if not found.trainings:
         raise InputError("--gpus: no stage of this spec trains, or none whose networks are known before it runs")
     assumed = ASSUMED if options.utilisation is None else replace(ASSUMED, utilisation=options.utilisation)

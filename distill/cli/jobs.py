@@ -210,11 +210,8 @@ def submit_new(
     from distill.launch import queue, snapshot
     from distill.runs import claims
 
-    start.refuse_taken(folder, source)
     queue.check(source.spec, site)
-    counter = gpu_fit.counter(source, site)
-    ready = start.checked(source, here=False, store=folder, new=True, visit=counter)
-    gpu_fit.report(ready, counter, site, force=force)
+    ready = gpu_fit.checked(source, site, folder, new=True, force=force)
     source = replace(source, spec=ready.resolved.spec)
     del ready  # frees its networks
     found = prefetch.resolve(source.spec, folder)
@@ -327,10 +324,7 @@ def _dry_run(
         start.refuse_taken(folder, source)
         run = RunPaths(folder.absolute() / source.spec.name)
     queue.check_container(source.spec, site)
-    counter = gpu_fit.counter(source, site)
-    ready = start.checked(source, here=False, store=folder, visit=counter)
-    gpu_fit.report(ready, counter, site, force=force)
-    checked = ready.resolved.spec
+    checked = gpu_fit.checked(source, site, folder, new=False, force=force).resolved.spec
     left = todo.pending(run, checked)
     where = _where(run, checked.hub_inputs, site, code)
     plans = queue.plans(run, checked, left)

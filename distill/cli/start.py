@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,18 +67,20 @@ def checked(
     here: bool = True,
     store: Path | None = None,
     new: bool = False,
-    visit: "Callable[[str, distill.execution.building.BuiltNetworks], None] | None" = None,
+    visit: "distill.execution.preflight.Visit | None" = None,
 ) -> "distill.execution.preflight.Ready":
     """Resolve a spec, and check everything that can be checked before it runs, including its teacher and data.
 
     Raises InputError if a check fails. here: it will run on this machine, so its devices are checked too.
     store: the store, which may already have an index of the data. If the store exists, it keeps the index, so that
     the data need not be read again if a check fails. new: a run will be created, so the store may be created, too.
-    visit: called with the networks of each train stage.
+    Its name must not be taken. visit: called with the networks of each train stage.
     """
     from distill.spec import checks
 
     refuse_reserved(source.spec.name)
+    if new and store is not None:
+        refuse_taken(store, source)
     resolved = checks.check(source.spec, source.base)
     spec = resolved.spec
     if here and spec.launch.nodes > 1:
@@ -95,7 +97,6 @@ def checked(
 
 def begin(folder: Path, source: "distill.spec.specfile.SpecSource") -> RunPaths:
     """Validate a spec for this machine, and create its run."""
-    refuse_taken(folder, source)
     return create(folder, replace(source, spec=checked(source, store=folder, new=True).resolved.spec))
 
 

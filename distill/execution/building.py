@@ -1,7 +1,7 @@
 """Builds the networks of a train stage, to see whether they fit together and what they will cost."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 
@@ -72,6 +72,37 @@ class Built:
     """bytes of the frozen weights that the trained networks share, unless they are those of this teacher"""
     smaller: SmallerStudent | None
     """what a student of another size is, if the stage asks for one"""
+
+
+def of_stage(
+    stage: TrainStage,
+    recipe: ResolvedRecipe,
+    teacher: LoadedTeacher | None,
+    data: DataSet | None,
+    earlier: Mapping[str, Built],
+    look: Callable[[BuiltNetworks, bool], None],
+) -> Built | None:
+    """Build the networks of a train stage; None if they are known only after earlier stages. teacher: the spec's.
+
+    InputError if they do not fit. Errors in a stage that starts from, or is taught by, the student of an earlier stage
+    are not reported, because that student is not trained yet. A stage that trains adapters is an exception.
+
+    look: called with the networks, and whether they are those that will be trained.
+    """
+    before = {each for each in (stage.teacher, stage.init) if each is not None}
+    known = not before or (bool(stage.lora) and before <= earlier.keys())  # adapters start from what is known
+    if stage.teacher is None and teacher is not None:
+        teacher.guided(recipe.guidance_scale)
+    if stage.student is not None and (origin := _origin(stage, teacher, earlier)) is not None:
+        smaller.check(origin, stage.student.config)
+    try:
+        found = build(stage, recipe, teacher, data, earlier)
+        look(found, known)
+        return described(found, stage)
+    except InputError:
+        if known:
+            raise
+        return None
 
 
 def build(
@@ -220,7 +251,7 @@ def _without_values(teacher: LoadedTeacher) -> LoadedTeacher:
     return replace(teacher, network=network, field=replace(teacher.field, network=network))
 
 
-def origin_of(stage: TrainStage, teacher: LoadedTeacher | None, earlier: Mapping[str, Built]) -> Origin | None:
+def _origin(stage: TrainStage, teacher: LoadedTeacher | None, earlier: Mapping[str, Built]) -> Origin | None:
     """The network that a stage starts from; None if it is not known yet. teacher: the spec's."""
     name = stage.init or stage.teacher
     if name is None:

@@ -15,7 +15,7 @@ from distill.plans.costs import (
     step_time,
     updated_weights,
 )
-from distill.plans.device_kinds import Precision
+from distill.plans.device_kinds import DeviceKind, Precision
 from distill.spec.model import LaunchSpec
 from distill.training import memory
 from distill.training.choice import choose_sharding, stage_of, ways
@@ -76,9 +76,9 @@ class FittingLayout:
         return sum(each.seconds for each in self.trainings.values())
 
 
-def available(machines: Machines) -> float:
+def available(kind: DeviceKind) -> float:
     """Bytes of each GPU for what is predicted."""
-    return (1 - RESERVE) * machines.kind.memory
+    return (1 - RESERVE) * kind.memory
 
 
 def fitting_layouts(
@@ -106,15 +106,17 @@ def fitting_layouts(
 
 
 def layout_of(
-    jobs: Mapping[str, TrainingJob], machines: Machines, launch: LaunchSpec, assumed: Assumptions = ASSUMED
+    jobs: Mapping[str, TrainingJob], kind: DeviceKind, launch: LaunchSpec, assumed: Assumptions = ASSUMED
 ) -> FittingLayout:
     """What a given section `launch` needs, whether or not it fits. `micro_batch: auto` is taken as 1."""
     found = {}
     for name, job in jobs.items():
-        own = job.share(machines.procs)
+        own = job.share(launch.world_size)
         micro_batch = 1 if launch.micro_batch == "auto" else launch.micro_batch or own
-        needed = _memory(job.costs, launch, micro_batch)
-        step = step_time(_work(job.costs, launch, own, own // micro_batch), machines, job.precision, assumed)
+        stage, needed = stage_of(launch), _memory(job.costs, launch, micro_batch)
+        machines = Machines(kind, launch.nodes, launch.procs)
+        work = _work(job.costs, launch, stage, own, own // micro_batch)
+        step = step_time(work, machines, job.precision, assumed)
         found[name] = TrainingLayout(needed, step, step.total * job.images / job.batch_size)
     return FittingLayout(launch, found)
 
@@ -122,7 +124,7 @@ def layout_of(
 def work_of(job: TrainingJob, launch: LaunchSpec) -> StepWork:
     """What each process does in a step of a training."""
     own = job.share(launch.world_size)
-    return _work(job.costs, launch, own, own // (launch.known_micro_batch or own))
+    return _work(job.costs, launch, stage_of(launch), own, own // (launch.known_micro_batch or own))
 
 
 def _largest(
@@ -142,8 +144,8 @@ def _largest(
         sizes.insert(0, None)
     for size in sizes:
         launch = way.model_copy(update={"micro_batch": size})
-        found = layout_of(jobs, machines, launch, assumed)
-        if found.needed <= available(machines) and allowed(launch):
+        found = layout_of(jobs, machines.kind, launch, assumed)
+        if found.needed <= available(machines.kind) and allowed(launch):
             return found
     return None
 
@@ -172,8 +174,8 @@ def _memory(costs: TrainingCosts, launch: LaunchSpec, micro_batch: int) -> dict[
     return found
 
 
-def _work(costs: TrainingCosts, launch: LaunchSpec, samples: int, micro_batches: int) -> StepWork:
-    stage, procs = stage_of(launch), launch.world_size
+def _work(costs: TrainingCosts, launch: LaunchSpec, stage: int | None, samples: int, micro_batches: int) -> StepWork:
+    procs = launch.world_size
     gathered = costs.teacher_calls * micro_batches * costs.frozen if launch.divide_teacher else 0
     sent, updated = sent_bytes(stage, procs, 0, 0, micro_batches, gathered), 0
     for name, times in costs.updates.items():

@@ -22,12 +22,13 @@ from distill.protocols import Recipe
 from distill.spec import cacheuse, pairspec
 from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved
-from distill.students import sampling, smaller
+from distill.students import sampling
 from distill.teachers import LoadedTeacher
 from distill.teachers.codecs import LatentCodec
 from distill.teachers.of_students import weak_teacher
 
 CPU = torch.device("cpu")
+Visit = Callable[[Resolved, str, BuiltNetworks], None]  # gets a spec, the name of a train stage, and its networks
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check(
     store: Path | None = None,
     *,
     keep_index: bool = False,
-    visit: Callable[[str, BuiltNetworks], None] | None = None,
+    visit: Visit | None = None,
 ) -> Ready:
     """Load the teacher and the data of a spec, build the networks of its train stages, and check that they fit.
 
@@ -110,25 +111,19 @@ def check(
     for name, recipe in resolved.recipes.items():
         stage = spec.stages[name]
         assert isinstance(stage, TrainStage)
-        before = {each for each in (stage.teacher, stage.init) if each is not None}
-        known = not before or (bool(stage.lora) and before <= built.keys())  # adapters start from what is known
+
+        def look(networks: BuiltNetworks, known: bool, name: str = name, stage: TrainStage = stage) -> None:
+            if visit is not None:
+                visit(resolved, name, networks)
+            if known:
+                t_grids(spec, name, networks.recipe, pairspec.times_of(spec, stage))
+
         try:
-            if stage.teacher is None and teacher is not None:
-                teacher.guided(recipe.guidance_scale)
-            if stage.student is not None and (origin := building.origin_of(stage, teacher, built)) is not None:
-                smaller.check(origin, stage.student.config)
+            found = building.of_stage(stage, recipe, teacher, data, built, look)
         except InputError as error:
             raise InputError(f"stages.{name}: {error}") from error
-        try:
-            found = building.build(stage, recipe, teacher, data, built)
-            if visit is not None:
-                visit(name, found)
-            built[name] = building.described(found, stage)
-            if known:
-                t_grids(spec, name, found.recipe, pairspec.times_of(spec, stage))
-        except InputError as error:
-            if known:
-                raise InputError(f"stages.{name}: {error}") from error
+        if found is not None:
+            built[name] = found
     return Ready(resolved, teacher, built, overview.of(spec.data, data, store))
 
 

@@ -32,56 +32,57 @@ class RunCounter:
     recomputed: see `rehearse`. say: called with a line before each stage, which takes seconds to minutes.
     """
 
-    resolved: Resolved
     say: Callable[[str], object]
     recomputed: Sequence[bool] = (False, True)
     found: RunCosts = field(default_factory=RunCosts)
 
-    def __call__(self, name: str, networks: BuiltNetworks) -> None:
+    def __call__(self, resolved: Resolved, name: str, networks: BuiltNetworks) -> None:
         """Count a train stage. `preflight.check` calls this with its networks."""
-        stage = self.resolved.spec.stages[name]
+        stage = resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
         self.say(f"counting what an update of stage '{name}' computes and keeps in memory")
-        needs = self.resolved.recipes[name].needs
-        states = self._states(stage) if "states" in needs else None
+        needs = resolved.recipes[name].needs
+        states = _states(resolved, stage) if "states" in needs else None
         costs = rehearse(networks, stage, needs, states, self.recomputed)
-        precision = self._precision(stage.precision)
+        precision = _precision(resolved, stage.precision)
         self.found.trainings[name] = TrainingJob(costs, stage.batch_size, stage.images, precision)
 
-    def of_model(self, model: ModelFacts) -> RunCosts:
+    def of_model(self, resolved: Resolved, model: ModelFacts) -> RunCosts:
         """The costs of all stages if this model is the teacher, without its weights and without data.
 
         InputError if the recipes cannot use it, or if it makes no samples of the size that the spec sets.
         """
         with quiet():
-            teacher = of_facts.teacher_of(model, self.resolved.spec.teacher)
+            teacher = of_facts.teacher_of(model, resolved.spec.teacher)
         built: dict[str, Built] = {}
-        for name, recipe in self.resolved.recipes.items():
-            stage = self.resolved.spec.stages[name]
+        for name, recipe in resolved.recipes.items():
+            stage = resolved.spec.stages[name]
             assert isinstance(stage, TrainStage)
             networks = building.build(stage, recipe, teacher, None, built)
-            self(name, networks)
+            self(resolved, name, networks)
             built[name] = building.described(networks, stage)
-        return self.with_sampling(teacher)
+        return self.with_sampling(resolved, teacher)
 
-    def with_sampling(self, teacher: LoadedTeacher | None) -> RunCosts:
+    def with_sampling(self, resolved: Resolved, teacher: LoadedTeacher | None) -> RunCosts:
         """All costs, with those of pairs and evaluations: each of their calls is taken to cost as the teacher's."""
-        stages = self.resolved.spec.stages
+        stages = resolved.spec.stages
         asked = {name: each for name, each in stages.items() if isinstance(each, PairsStage | EvaluateStage)}
         if teacher is None or teacher.network is None or not asked:
             return self.found
-        planned = {step.name: step for step in planning.steps(self.resolved)}
+        planned = {step.name: step for step in planning.steps(resolved)}
         operations = forward_operations(teacher)
         for name in asked:
             self.found.sampling[name] = float(operations * (planned[name].network_calls or 0))
         return self.found
 
-    def _states(self, stage: TrainStage) -> int:
-        """The number of states of each path of the pairs of a stage."""
-        pairs = [self.resolved.spec.stages[each] for each in stage.pair_shares]
-        return next(each.num_states for each in pairs if isinstance(each, PairsStage))
 
-    def _precision(self, asked: str) -> Precision:
-        if asked == "bf16":
-            return "bf16"
-        return "tf32" if self.resolved.spec.numerics == "fast" else "fp32"
+def _states(resolved: Resolved, stage: TrainStage) -> int:
+    """The number of states of each path of the pairs of a stage."""
+    pairs = [resolved.spec.stages[each] for each in stage.pair_shares]
+    return next(each.num_states for each in pairs if isinstance(each, PairsStage))
+
+
+def _precision(resolved: Resolved, asked: str) -> Precision:
+    if asked == "bf16":
+        return "bf16"
+    return "tf32" if resolved.spec.numerics == "fast" else "fp32"

@@ -87,8 +87,8 @@ def generate(
 def finish(folder: Path, progress: Progress) -> None:
     """Look at a set of pairs, of which parts were made by several processes. Nothing is done before it is complete.
 
-    Removes the records of its shards, and what killed processes have left. Warns if storing the pairs changed them too much, or if inverted noise is not
-    like standard normal noise.
+    Removes the records of its shards, and what killed processes have left. Warns if storing the pairs changed them too
+    much, or if inverted noise is not like standard normal noise.
     """
     manifest = read(folder)
     if manifest is None or not manifest.done:

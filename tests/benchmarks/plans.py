@@ -38,7 +38,7 @@ def content(name: str, batch: int, procs: int) -> dict[str, Any]:
 
 def counted(name: str, batch: int, procs: int) -> TrainingJob:
     resolved = checks.check(specfile.validate(content(name, batch, procs), "spec"), Path())
-    counter = RunCounter(resolved, lambda line: None)
+    counter = RunCounter(lambda line: None)
     preflight.check(resolved, visit=counter)
     return counter.found.trainings["train"]
 
@@ -68,7 +68,7 @@ def bench_plans() -> str:
         assumed = calibrated(work_of(job, LaunchSpec()), machines, "fp32", taken, Assumptions())
         for size, procs in ((2 * batch, 1), (batch, 2)):
             other, launch = counted(name, size, procs), LaunchSpec(procs=procs)
-            layout = layout_of({"train": other}, Machines(CPU, 1, procs), launch, assumed)
+            layout = layout_of({"train": other}, CPU, launch, assumed)
             ratio = layout.trainings["train"].step.total / measured(name, size, procs)
             found.append(f"{name}, {size} samples each, {procs} process{'es' if procs > 1 else ''}: {ratio:.2f}")
     return f"step times, predicted / measured, after one step that calibrates: {'; '.join(found)}"

@@ -53,7 +53,7 @@ def counts(path: Path) -> dict[str, dict[str, TrainingJob]]:
         for recipe in RECIPES:
             if recipe not in known.setdefault(name, {}):
                 resolved = checks.check(spec(recipe), Path())
-                found = RunCounter(resolved, lambda line: None).of_model(facts.facts_of(name))
+                found = RunCounter(lambda line: None).of_model(resolved, facts.facts_of(name))
                 known[name][recipe] = json.loads(json.dumps(asdict(found.trainings["train"])))
                 write_json(path, known)
     return {name: {recipe: job_of(each) for recipe, each in recipes.items()} for name, recipes in known.items()}
