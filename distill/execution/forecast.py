@@ -70,10 +70,8 @@ class _Forecast:
         launch, student = self.ready.resolved.spec.launch, self.ready.student(name)
         built = self.ready.built[name]
         cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
-        # Processes on the CPUs of one machine share them, so together they are no faster than one.
-        together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
         batch = launch.known_micro_batch or stage.batch_size // launch.world_size
-        seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
+        seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / self._together
         averages, still = len(stage.averages), built.still["student"]
         kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still, built.moments)
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"] + memory.FLOAT * averages * sum(still)
@@ -86,16 +84,14 @@ class _Forecast:
 
     def cache(self) -> StageCost:
         """The cost of making all caches. Those that the store has already are not taken into account."""
-        launch = self.ready.resolved.spec.launch
-        together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
         seconds, count = caching.measure(self.ready.resolved, self.device)
-        return StageCost(seconds / together, count)
+        return StageCost(seconds / self._together, count)
 
     def pairs(self, stage: PairsStage) -> StageCost:
         teacher = self._teacher(stage.teacher)
         seconds = stage.count * stage.network_calls * self._seconds(teacher, stage.block)
         label = LABEL if teacher.num_classes is not None else 0
-        return StageCost(seconds, stage.count * (stage.bytes_per_pair(teacher.shape) + label))
+        return StageCost(seconds / self._together, stage.count * (stage.bytes_per_pair(teacher.shape) + label))
 
     def evaluate(self, stage: EvaluateStage) -> StageCost:
         teacher = self._teacher(stage.teacher)
@@ -103,7 +99,13 @@ class _Forecast:
         networks = {"teacher": teacher, **{name: self.ready.student(name) for name in stage.students}}
         seconds = sum(calls[name] * self._seconds(network, stage.block) for name, network in networks.items())
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
-        return StageCost(stage.samples * seconds, endpoint)
+        return StageCost(stage.samples * seconds / self._together, endpoint)
+
+    @property
+    def _together(self) -> int:
+        """How much faster all processes are than one: those on the CPUs of one machine share them."""
+        launch = self.ready.resolved.spec.launch
+        return launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
 
     def _teacher(self, stage: str | None) -> Origin:
         if stage is not None:

@@ -32,6 +32,7 @@ from distill.training import engine
 from tests.benchmarks.bns import bench_bns
 from tests.benchmarks.caches import bench_caches
 from tests.benchmarks.draws import bench_draws
+from tests.benchmarks.evaluation import bench_evaluation
 from tests.benchmarks.flowturbo import bench_flowturbo
 from tests.benchmarks.guidance import bench_guidance
 from tests.benchmarks.images import bench_images
@@ -179,6 +180,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "pull": bench_pull,
     "index": bench_index,
     "plans": bench_plans,
+    "evaluation": bench_evaluation,
     "images": bench_images,
     "loading": bench_loading,
     "waiting": bench_waiting,
