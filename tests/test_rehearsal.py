@@ -77,6 +77,8 @@ def test_tensors_without_values_cost_what_real_ones_cost(recipes, fields, tmp_pa
 @pytest.mark.parametrize("teacher", ["sdxl", "dit", "flux"])
 def test_every_recipe_on_other_networks(teacher, tmp_path):
     made = spec_of(tmp_path, teacher, list(RECIPES))
+    if teacher == "sdxl":  # torch has no forward-mode derivative of its layers without values
+        made["stages"]["meanflow"]["options"] = {"derivative": "central"}
     pretended, real = counted(made, tmp_path), on_real_tensors(made, tmp_path)
     for name, costs in pretended.items():
         close(costs, real[name])
@@ -105,6 +107,15 @@ def test_only_adapters_are_trained_and_the_base_is_kept_once(tmp_path):
     assert costs.still == {"student": []} and costs.frozen == whole.frozen  # of the teacher, which it shares
     assert (costs.shared, whole.shared) == (True, False)
     assert costs.steps[False].operations < whole.steps[False].operations
+
+
+def test_a_recipe_that_needs_values_is_left_out(tmp_path):
+    made, said = spec_of(tmp_path, "sdxl", ["shortcut/meanflow", "reflow/reflow"]), []
+    resolved = checks.check(specfile.validate(made, "spec"), tmp_path)
+    counter = RunCounter(said.append)
+    preflight.check(resolved, visit=counter)
+    assert list(counter.found.trainings) == ["reflow"]
+    assert any(line.startswith("warning: stage 'meanflow' cannot be counted: its recipe reads values") for line in said)
 
 
 def test_the_spec_and_its_teacher_stay_as_they_are(tmp_path):

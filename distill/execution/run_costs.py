@@ -3,6 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
+    UnsupportedFakeTensorException,
+)
+
 from distill.execution import building
 from distill.execution.building import Built, BuiltNetworks
 from distill.execution.layouts import TrainingJob
@@ -14,6 +21,14 @@ from distill.spec.model import EvaluateStage, PairsStage, TrainStage
 from distill.spec.resolved import Resolved
 from distill.teachers import LoadedTeacher, of_facts
 from distill.teachers.quiet import quiet
+
+# What torch raises where a tensor without values cannot stand for one that has some.
+UNCOUNTED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorDeviceMismatchError,
+    UnsupportedFakeTensorException,
+)
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,24 @@ class RunCounter:
     found: RunCosts = field(default_factory=RunCosts)
 
     def __call__(self, resolved: Resolved, name: str, networks: BuiltNetworks) -> None:
-        """Count a train stage. `preflight.check` calls this with its networks."""
+        """Count a train stage. `preflight.check` calls this with its networks.
+
+        A stage that needs the values of tensors is left out, and that is said.
+        """
         stage = resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
         self.say(f"counting what an update of stage '{name}' computes and keeps in memory")
         needs = resolved.recipes[name].needs
         states = _states(resolved, stage) if "states" in needs else None
-        costs = rehearse(networks, stage, needs, states, self.recomputed)
+        try:
+            costs = rehearse(networks, stage, needs, states, self.recomputed)
+        except UNCOUNTED as error:
+            reason = type(error).__name__
+            self.say(
+                f"warning: stage '{name}' cannot be counted: its recipe reads values of tensors, or takes forward-mode "
+                f"derivatives (derivative: jvp) of layers that do not support it without values ({reason})"
+            )
+            return
         precision = _precision(resolved, stage.precision)
         self.found.trainings[name] = TrainingJob(costs, stage.batch_size, stage.images, precision)
 
