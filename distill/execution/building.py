@@ -13,6 +13,7 @@ from distill.data import DataSet
 from distill.data.encoded import codec_of, sample_shape
 from distill.flow.codecs import PIXELS
 from distill.flow.interpolants import linear
+from distill.networks.quantised import held_bytes
 from distill.networks.sharing import has_base, is_shared
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Frozen, Recipe
@@ -141,7 +142,7 @@ def build(
         copies={name: role.of for name, role in roles.items() if isinstance(role, Copy)},
         merged=made_as.module if isinstance(made_as, Adapter) else trained["student"],
         teacher=kept,
-        base=0 if is_base else sum(p.numel() * p.element_size() for p in shared),
+        base=0 if is_base else held_bytes(shared),
     )
 
 

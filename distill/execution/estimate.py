@@ -1,6 +1,7 @@
 """Predicts the memory of training, stage by stage, before a run starts."""
 
 from distill.execution.preflight import Ready
+from distill.networks.quantised import held_bytes
 from distill.spec.model import TrainStage
 from distill.training import memory
 from distill.training.choice import choose_sharding
@@ -23,7 +24,7 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
             built.sizes, built.copies, averages, launch.world_size, sharding, built.still, built.moments
         )
         if built.teacher is not None and built.teacher.network is not None:
-            whole = sum(p.numel() * p.element_size() for p in built.teacher.network.parameters())
+            whole = held_bytes(built.teacher.network.parameters())
             found[name]["teacher"] = whole // launch.world_size if sharding.divides_frozen else whole
         if built.base:
             found[name]["base"] = built.base

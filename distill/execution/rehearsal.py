@@ -19,6 +19,7 @@ from distill.core.errors import InputError
 from distill.execution.building import BuiltNetworks
 from distill.flow.conditioning import ConditionTable
 from distill.flow.draws import Rows, StepDraw
+from distill.networks.quantised import held_bytes
 from distill.networks.sharing import MARK, is_shared
 from distill.protocols import Batch, Cond, Pairs, Recipe, Turn
 from distill.spec.model import TrainStage
@@ -113,7 +114,7 @@ def rehearse(
         copies=[*found.copies.values()],
         averages=len(stage.averages),
         moments=None if None in moments else sum(each or 0 for each in moments),
-        frozen=sum(p.numel() * p.element_size() for p in frozen) + found.base,
+        frozen=held_bytes(frozen) + found.base,
         shared=any(is_shared(p) for each in found.trained.values() for p in each.parameters()),
         updates={name: sum(times for turn, times in turns if turn.network == name) for name in found.trained},
         teacher_calls=calls,

@@ -22,6 +22,7 @@ from distill.execution import batches, building, devices, preflight, sources
 from distill.execution.work import Work
 from distill.flow.fields import Counted
 from distill.networks.adapters import merged
+from distill.networks.quantised import is_quantised
 from distill.networks.sharing import load_own
 from distill.protocols import Adapter, ForSteps, Recipe, Source, Trained
 from distill.runs import results
@@ -292,7 +293,9 @@ def _export(
     step: of the checkpoint; None: the newest. RunError if it has fewer than `least` images. training: None loads it.
     """
     training = training or _training(work, stage, CPU)
-    asked = work.resolved.recipes[work.name]
+    card, asked = training.card, work.resolved.recipes[work.name]
+    if training.teacher is not None and is_quantised(training.teacher.network):  # adapters fit the whole weights, too
+        training = _training(work.with_whole_teacher, stage, CPU)
     recipe: Recipe = asked.module.Recipe(asked.config, training.teacher)
     role = recipe.networks(training.init)["student"]
     assert isinstance(role, Trained | Adapter)
@@ -311,7 +314,7 @@ def _export(
         )
     load_own(student, tensors)
     del tensors  # the export needs memory
-    card = training.card.model_copy(update={"weights": weights, "images": images})
+    card = card.model_copy(update={"weights": weights, "images": images})
     export(merged(role, student), folder, card, training.init.packaging, _proof(stage, training.init, student))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from distill.flow.draws import key
 from distill.runs import cached
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
-from distill.spec.model import RunSpec, TeacherSpec
+from distill.spec.model import CheckpointTeacher, RunSpec, TeacherSpec
 from distill.spec.resolved import Resolved
 from distill.training.world import ALONE, World
 
@@ -46,6 +46,14 @@ class Work:
     def teacher(self) -> TeacherSpec | None:
         """The teacher of the spec, with the embeddings in the run's cache, if there are any."""
         return cached.with_conditions(self.spec, self.run).teacher
+
+    @property
+    def with_whole_teacher(self) -> "Work":
+        """The same stage with the weights of the spec's teacher as they are stored, if they are quantised."""
+        teacher = self.spec.teacher
+        assert isinstance(teacher, CheckpointTeacher)
+        whole = self.spec.model_copy(update={"teacher": teacher.model_copy(update={"quantize": None})})
+        return replace(self, resolved=replace(self.resolved, spec=whole))
 
     @property
     def seed(self) -> int:

@@ -11,14 +11,16 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from distill.networks.quantised import parts_of
+
 MARK = "belongs_to_a_base"  # attribute of a parameter
 BASE = "base_layer"  # in an adapted layer, as PEFT names it
 ADAPTER = ".lora_"  # in the names of the parameters of adapters
 
 
 def is_shared(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to a frozen base."""
-    return getattr(parameter, MARK, False)
+    """Whether a parameter belongs to a frozen base. Quantised ones do; they lose the mark when they are moved."""
+    return getattr(parameter, MARK, False) or bool(parts_of(parameter))
 
 
 def has_base(module: nn.Module) -> bool:
@@ -27,7 +29,12 @@ def has_base(module: nn.Module) -> bool:
 
 
 def as_base(network: nn.Module) -> None:
-    """Marks all weights of a network, except those of its adapters, as those of a base. They are frozen."""
+    """Marks all weights of a network, except those of its adapters, as those of a base, unless some are marked already.
+
+    They are frozen.
+    """
+    if any(getattr(each, MARK, False) for each in network.parameters()):
+        return
     for name, parameter in network.named_parameters():
         if ADAPTER not in name:
             setattr(parameter.requires_grad_(False), MARK, True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from distill.spec.model import MlpSpec, RunSpec, TrainStage
+from distill.spec.model import CheckpointTeacher, MlpSpec, RunSpec, TrainStage
 
 # Why an optimizer cannot be divided as ZeRO does.
 WHOLE = {
@@ -30,6 +30,8 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
         yield "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage"
     if launch.divide_teacher and launch.world_size == 1:
         yield "launch.divide_teacher: has no effect with one process; remove it, or increase procs"
+    if launch.divide_teacher and isinstance(spec.teacher, CheckpointTeacher) and spec.teacher.quantize:
+        yield "launch.divide_teacher: does not work with teacher.quantize; remove one of them"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
     if launch.activation_offload and not launch.activation_checkpointing:

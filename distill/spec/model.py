@@ -116,6 +116,9 @@ class CheckpointTeacher(FrozenModel):
     its pipeline"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """data type of the teacher's weights in memory; students are always trained in float32"""
+    quantize: Literal["int8"] | None = None
+    """int8: keep the weights of the linear layers in the blocks as 8-bit integers (torchao), for students that are
+    LoRA; they are exported for the whole weights"""
 
     @property
     def is_of_hub(self) -> bool:
@@ -283,6 +286,7 @@ ADDED = {
 ADDED_TO_OPTIMIZER = {"name", "momentum"}
 ADDED_TO_TEACHER = {
     "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
+    "quantize",
 }  # fmt: skip
 ADDED_TO_DATA = {
     "images": {"captions", "split", "buckets"},

@@ -20,6 +20,7 @@ from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.quantised import is_quantised
 from distill.networks.second_time import SecondTime
 from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
 from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
@@ -71,7 +72,12 @@ def in_float32(call: LinearCall) -> LinearCall:
 
 
 def copied(network: nn.Module, dropout: float | None) -> nn.Module:
-    """A copy in float32, to be trained as `trainable` says."""
+    """A copy in float32, to be trained as `trainable` says. InputError if weights of the network are quantised."""
+    if is_quantised(network):
+        raise InputError(
+            "teacher.quantize: the teacher's weights are rounded, but a network that is trained in full starts from "
+            "them; train adapters (lora) of every network that the recipe trains, or remove quantize"
+        )
     return trainable(_built_again(network), dropout)
 
 
@@ -88,8 +94,7 @@ def on_shared_base(network: nn.Module, dropout: float | None) -> nn.Module:
 
     dropout: as for `copied`.
     """
-    if not has_base(network):
-        as_base(network)
+    as_base(network)
     found = copy_of(network).train()
     for name, parameter in found.named_parameters():
         parameter.requires_grad_(not is_shared(parameter) and ADAPTER not in name)
@@ -98,8 +103,7 @@ def on_shared_base(network: nn.Module, dropout: float | None) -> nn.Module:
 
 def without_adapters(network: nn.Module) -> nn.Module:
     """A copy that shares the frozen weights of the network, without the adapters that this may have."""
-    if not has_base(network):
-        as_base(network)
+    as_base(network)
     found = copy_of(network)
     for name, part in adapted(found).items():
         found.set_submodule(name, part.get_submodule(BASE))

@@ -20,6 +20,7 @@ from distill.flow.conditioning import ClassLabels, ConditionTable
 from distill.flow.draws import sample_noise
 from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
+from distill.networks import quantised
 from distill.networks.critic import whole
 from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
@@ -118,6 +119,13 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str, prompts: int 
     if isinstance(architecture, Convention):
         architecture.settled(network)
     network = network.to(device).eval().requires_grad_(False)
+    if spec.quantize is not None:
+        if not isinstance(architecture, Convention):
+            raise InputError(
+                f"teacher.quantize: {_name(spec)} is not the network of a latent-space pipeline, and others cannot be "
+                "quantised; remove it"
+            )
+        quantised.quantize(network, architecture.layers(network), "teacher.quantize")
     chosen, schedule = facts.chosen, facts.schedule
     base = {"config": lasting(content), "weights": digests, **_second(parts, facts), **added}
     told = {} if chosen is None else schedulers.described(chosen)
@@ -223,7 +231,7 @@ def _name(spec: CheckpointTeacher) -> str:
 
 def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[str, object]:
     """The options of the spec that change what the network computes; those with their defaults are left out."""
-    found = spec.model_dump(include={"size", "embedded_guidance", "dtype"}, exclude_defaults=True)
+    found = spec.model_dump(include={"size", "embedded_guidance", "dtype", "quantize"}, exclude_defaults=True)
     return found | ({} if conditions is None else {"conditions": conditions.digest})
 
 

@@ -15,6 +15,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 
 from distill.core.atomic import hidden_folder
+from distill.networks.quantised import held_bytes
 
 SHARE = 0.8  # maximum share of a device's free memory for weights; activations need the rest
 
@@ -31,7 +32,7 @@ def dispatched(network: nn.Module, device: torch.device, folder: Path, limits: L
     limits: maximum bytes of weights per place. None: a share of the device's free memory, and CPU memory for all
     weights.
     """
-    total = sum(each.numel() * each.element_size() for each in [*network.parameters(), *network.buffers()])
+    total = held_bytes([*network.parameters(), *network.buffers()])
     place = torch.cuda.current_device() if device.type == "cuda" else "cpu"
     limits = limits or _free(place, total)
     if total <= limits[place]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from distill.core.errors import InputError
 from distill.flow.interpolants import linear
+from distill.networks import quantised
 from distill.networks.velocity import TIME_SCALE
 from distill.plans.facts import ModelFacts
 from distill.spec.model import CheckpointTeacher, TeacherSpec
@@ -45,6 +46,8 @@ def teacher_of(model: ModelFacts, spec: TeacherSpec | None = None) -> LoadedTeac
         network.config, path, Asked(size, conditions=prompts, embedded_guidance=own.embedded_guidance)
     )
     convention.settled(network)
+    if own.quantize is not None:
+        quantised.quantize(network, convention.layers(network), "teacher.quantize")
     call = convention.call if own.dtype == "float32" else InDtype(convention.call, DTYPES[own.dtype])
     return LoadedTeacher(
         field=NetworkField(network, linear(), "velocity", TIME_SCALE, call=call),
