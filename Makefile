@@ -103,8 +103,9 @@ $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
 define unpack
 @constraints=containers/constraints-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
 [ -e $$constraints ] && [ -z "$(NEWEST)" ] && [ "$$(uname -sm)" = "Linux x86_64" ] || exit 0; \
-parts=$$(mktemp -d); large='^(torch|triton|nvidia|cuda)[^=]*=='; \
-grep -E "$$large" $$constraints >$$parts/large; grep -vE "$$large|^ *#" $$constraints >$$parts/small; \
+parts=$$(mktemp -d); large='^(torch|triton|nvidia|cuda)[^=]*=='; apart='^torchao=='; \
+grep -vE "$$apart|^ *#" $$constraints >$$parts/all; \
+grep -E "$$large" $$parts/all >$$parts/large; grep -vE "$$large" $$parts/all >$$parts/small; \
 for part in large small; do \
   $(BIN)/python -m pip install --no-compile -qq --no-deps -r $$parts/$$part & \
 done; wait; rm -r $$parts

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_said(flux):
 
 
 def test_of_ways_that_do_not_fit_the_one_with_the_least_memory_is_taken():
-    needed = TrainedMemory({"student": [1000]}, {}, [], averages=1, frozen=0, teacher=4000)
+    needed = TrainedMemory({"student": [1000]}, {}, [], averages=1, frozen=4000)
     launch, size = fitting(LaunchSpec(procs=2), needed, 0)
     assert (launch.offload_optimizer, launch.divide_teacher) == (True, True)
     assert size == 4 * (500 + 1000 + 500 + 500) + 2000  # a small parameter is whole beside its parts

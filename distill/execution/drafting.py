@@ -186,7 +186,7 @@ def _memory(recipe: ResolvedRecipe, teacher: InspectedTeacher) -> TrainedMemory:
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
     bytes_of = HALF if teacher.is_stored_in_half else FLOAT
     held = bytes_of * teacher.parameters if "teacher" in recipe.needs else 0
-    return TrainedMemory(sizes, still, copies, averages=1, frozen=frozen, teacher=held)
+    return TrainedMemory(sizes, still, copies, averages=1, frozen=frozen + held)
 
 
 def _training(request: DraftRequest, options: Mapping[str, object], batch: int) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from distill.plans.costs import (
 )
 from distill.plans.device_kinds import DeviceKind, Precision
 from distill.spec.model import LaunchSpec
-from distill.training import memory
-from distill.training.choice import choose_sharding, stage_of, ways
+from distill.training.choice import TrainedMemory, stage_of, ways
 
 RESERVE = 0.1  # part of a GPU's memory for what is not predicted: CUDA itself, buffers, fragments
 GATHERED = 10**9  # elements: how many gathered weights DeepSpeed keeps in stage 3 (stage3_max_live_parameters)
@@ -151,15 +150,12 @@ def _largest(
 
 
 def process_memory(costs: TrainingCosts, launch: LaunchSpec, samples: int) -> dict[str, int]:
-    """Bytes on the GPU of each process in training, by kind: those of `memory.predict`, "frozen" and "activations".
+    """Bytes on the GPU of each process in training, by kind: those of `TrainedMemory.kinds`, and "activations".
 
     samples: of a micro-batch. `activation_offload` is not taken into account: with it, less is needed.
     """
-    sharding, procs = choose_sharding(launch), launch.world_size
-    found = memory.predict(costs.trained, [*costs.copies], costs.averages, procs, sharding, costs.still, costs.moments)
-    if launch.offload_optimizer:
-        found["optimizer"] = 0
-    found["frozen"] = costs.frozen // procs if sharding.divides_frozen else costs.frozen
+    held = TrainedMemory(costs.trained, costs.still, [*costs.copies], costs.averages, costs.frozen, costs.moments)
+    found = held.kinds(launch)
     found["activations"] = costs.steps[launch.activation_checkpointing].activations.of(samples)
     return found
 

@@ -23,9 +23,9 @@ ALONE: tuple[Mapping[str, int | bool], ...] = ({}, {"zero_stage": 1, "offload_op
 
 @dataclass(frozen=True)
 class TrainedMemory:
-    """What a process has in memory, besides activations. See `memory.predict`. frozen: bytes of networks not trained.
+    """What a process has in memory, besides activations. See `memory.predict`.
 
-    teacher: bytes of the weights of the teacher.
+    frozen: bytes of all other weights: of the teacher, and of networks that are not trained.
     """
 
     sizes: Sizes
@@ -33,15 +33,19 @@ class TrainedMemory:
     copies: list[str]
     averages: int
     frozen: int
-    teacher: int
+    moments: int | None = None
+
+    def kinds(self, launch: LaunchSpec) -> dict[str, int]:
+        """Predicted bytes on the device of each process: the kinds of `memory.predict`, and "frozen"."""
+        sharding, procs = choose_sharding(launch), launch.world_size
+        found = memory.predict(self.sizes, self.copies, self.averages, procs, sharding, self.still, self.moments)
+        if launch.offload_optimizer:
+            found["optimizer"] = 0
+        return {**found, "frozen": self.frozen // procs if sharding.divides_frozen else self.frozen}
 
     def bytes(self, launch: LaunchSpec) -> int:
         """Predicted bytes on the device of each process, without activations."""
-        sharding, procs = choose_sharding(launch), launch.world_size
-        kinds = memory.predict(self.sizes, self.copies, self.averages, procs, sharding, self.still)
-        found = sum(kinds.values()) - (kinds["optimizer"] if launch.offload_optimizer else 0)
-        divided = procs if sharding.divides_frozen else 1
-        return found + self.frozen // divided + self.teacher // divided
+        return sum(self.kinds(launch).values())
 
 
 def choose_sharding(launch: LaunchSpec) -> Sharding:
