@@ -109,6 +109,20 @@ def test_only_adapters_are_trained_and_the_base_is_kept_once(tmp_path):
     assert costs.steps[False].operations < whole.steps[False].operations
 
 
+def test_stages_that_cost_the_same_are_counted_once(tmp_path):
+    made, said = spec_of(tmp_path, "sd3", ["reflow/reflow"]), []
+    first = made["stages"]["reflow"]
+    made["stages"] |= {
+        "again": {**first, "init": "reflow", "images": 8}, "short": {**first, "precision": "bf16"},
+    }  # fmt: skip
+    counter = RunCounter(said.append)
+    preflight.check(checks.check(specfile.validate(made, "spec"), tmp_path), visit=counter)
+    assert [line.split("'")[1] for line in said] == ["reflow", "short"]
+    jobs = counter.found.trainings
+    assert jobs["again"].costs == jobs["reflow"].costs != jobs["short"].costs
+    assert (jobs["again"].images, jobs["reflow"].images) == (8, 12)
+
+
 def test_a_recipe_that_needs_values_is_left_out(tmp_path):
     made, said = spec_of(tmp_path, "sdxl", ["shortcut/meanflow", "reflow/reflow"]), []
     resolved = checks.check(specfile.validate(made, "spec"), tmp_path)

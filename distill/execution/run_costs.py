@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import (
 from distill.execution import building
 from distill.execution.building import Built, BuiltNetworks
 from distill.execution.layouts import TrainingJob
-from distill.execution.rehearsal import forward_operations, rehearse
+from distill.execution.rehearsal import TrainingCosts, forward_operations, rehearse
 from distill.plans import planning
 from distill.plans.device_kinds import Precision
 from distill.plans.facts import ModelFacts
 from distill.spec.model import EvaluateStage, PairsStage, TrainStage
-from distill.spec.resolved import Resolved
+from distill.spec.resolved import Resolved, ResolvedRecipe
 from distill.teachers import LoadedTeacher, of_facts
 from distill.teachers.quiet import quiet
 
@@ -50,6 +50,8 @@ class RunCounter:
     say: Callable[[str], object]
     recomputed: Sequence[bool] = (False, True)
     found: RunCosts = field(default_factory=RunCosts)
+    _known: dict[str, TrainingCosts] = field(default_factory=dict)
+    """those that are known, by `_key`: stages of a chain often differ only in where they start"""
 
     def __call__(self, resolved: Resolved, name: str, networks: BuiltNetworks) -> None:
         """Count a train stage. `preflight.check` calls this with its networks.
@@ -58,11 +60,13 @@ class RunCounter:
         """
         stage = resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
-        self.say(f"counting what an update of stage '{name}' computes and keeps in memory")
-        needs = resolved.recipes[name].needs
-        states = _states(resolved, stage) if "states" in needs else None
+        recipe = resolved.recipes[name]
+        states = _states(resolved, stage) if "states" in recipe.needs else None
+        key = _key(stage, recipe, networks, states)
         try:
-            costs = rehearse(networks, stage, needs, states, self.recomputed)
+            if key not in self._known:
+                self.say(f"counting what an update of stage '{name}' computes and keeps in memory")
+                self._known[key] = rehearse(networks, stage, recipe.needs, states, self.recomputed)
         except UNCOUNTED as error:
             reason = type(error).__name__
             self.say(
@@ -71,7 +75,7 @@ class RunCounter:
             )
             return
         precision = _precision(resolved, stage.precision)
-        self.found.trainings[name] = TrainingJob(costs, stage.batch_size, stage.images, precision)
+        self.found.trainings[name] = TrainingJob(self._known[key], stage.batch_size, stage.images, precision)
 
     def of_model(self, resolved: Resolved, model: ModelFacts) -> RunCosts:
         """The costs of all stages if this model is the teacher, without its weights and without data.
@@ -100,6 +104,19 @@ class RunCounter:
         for name in asked:
             self.found.sampling[name] = float(operations * (planned[name].network_calls or 0))
         return self.found
+
+
+def _key(stage: TrainStage, recipe: ResolvedRecipe, networks: BuiltNetworks, states: int | None) -> str:
+    """Text that is equal for stages with equal costs."""
+    asked = [stage.recipe, recipe.config, stage.precision, stage.lora, stage.optimizer, stage.averages, states]
+    modules = {**networks.trained, **networks.frozen}
+    if networks.teacher is not None and networks.teacher.network is not None:
+        modules["teacher"] = networks.teacher.network
+    shapes = {
+        name: [str(module), *((tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters())]
+        for name, module in modules.items()
+    }
+    return repr([asked, shapes, networks.init.shape, networks.base])
 
 
 def _states(resolved: Resolved, stage: TrainStage) -> int:
