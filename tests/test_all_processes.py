@@ -1,6 +1,7 @@
 """Pairs and evaluations by several processes: the same bytes and numbers as by one, after kills, too."""
 
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -129,3 +130,17 @@ def test_what_a_rank_refuses_is_said(trained, tmp_path):
     done = distill("run", str(run.root), "--resume", "--procs", "2", cwd=tmp_path, env=ENV)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "the metric infinite returned a tensor [64] float32 with NaN or infinity" in done.stderr
+
+
+@pytest.mark.long
+def test_a_signal_stops_all_ranks_after_a_block(trained, alone, tmp_path):
+    run = copied(trained, tmp_path)
+    for name in SETS:
+        shutil.copytree(alone.stage(name).root, run.stage(name).root)
+    process = start("run", str(run.root), "--resume", "--procs", "2", cwd=tmp_path, log=tmp_path / "log", env=ENV)
+    wait_for(run.stage("measure").root / "endpoints/000001.safetensors")
+    process.send(signal.SIGTERM)
+    assert process.end() == 75, process.said
+    assert "saved: the finished rows of the evaluation" in process.said and "Traceback" not in process.said
+    resume(run, 1)
+    assert numbers(run) == numbers(alone)
