@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from distill.core import atomic
 from distill.core.errors import InputError, Stopped
 from distill.core.stop import StopRequest
 from distill.data import DataSource, arrays
@@ -196,6 +197,15 @@ def test_paths_of_rounded_data_begin_at_what_is_read(tmp_path):
     narrow = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.1], std=[0.3]))
     pairs = everything(make(tmp_path, narrow, paths="forward", dtype="uint8", steps=256))
     assert (pairs.noise - (pairs.data - 0.1) / 0.3).abs().max() < 1e-3  # not off by a rounding of 1/255 / 0.3
+
+
+def test_a_part_with_all_shards_leaves_what_others_are_writing(tmp_path):
+    """Part 0 of two has the only shard; the process with the other part writes the same manifest at the same time."""
+    (tmp_path / "p").mkdir()
+    theirs = atomic.hidden(tmp_path / "p" / "manifest.json")
+    theirs.write_text("half")
+    make(tmp_path / "p", part=(0, 2), count=4, shard=4)
+    assert theirs.exists()
 
 
 def test_stored_noise_is_the_noise_and_needs_no_drawing(tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def make(
     """
     make_folder(kind, folder)
     layout, ours = planned.layout, planned.layout.part(part)
-    manifest = resume(kind, planned, folder, ours, progress)
+    manifest = resume(kind, planned, folder, ours, progress, alone=part is None)
     missing = [number for number in ours if layout.name(number) not in manifest.shards]
     left = sum(len(layout.indices(number)) for number in missing)
     done, kept = layout.items(ours) - left, len(ours) - len(missing)
@@ -122,11 +122,12 @@ def remove_records(folder: Path, layout: Layout) -> None:
             path.unlink(missing_ok=True)
 
 
-def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress: Progress) -> M:
+def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress: Progress, *, alone: bool) -> M:
     """The folder's manifest, with all shards that are complete. If there is none, the planned one is saved.
 
     The shards with numbers in `ours` are read and compared with their checksums; missing and damaged ones are left out.
-    InputError if the folder holds another set.
+    alone: no other process makes shards of the set, so unfinished files of any name are left over. InputError if the
+    folder holds another set.
     """
     # Listed before the manifest is read, because another process may be creating both, or completing the set.
     recorded, unreadable = files.records(kind, folder, planned.layout)
@@ -144,11 +145,10 @@ def resume(kind: SetKind[M, E], planned: M, folder: Path, ours: range, progress:
         )
     if strangers:
         raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
-    whole = len(ours) == layout.files
     if kind.shared:
         clear_up(folder)  # another run may be writing what this process is about to write
     else:
-        remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
+        remove_unfinished(folder, lambda name: alone or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
     if found is None:
         planned.save(folder)
         found = planned
