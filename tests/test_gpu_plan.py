@@ -110,6 +110,23 @@ def test_wrong_options_are_refused_before_anything_is_counted(args, message, spe
     assert done.code == 2 and message in done.err and "counting" not in done.err
 
 
+def test_a_spec_without_training_is_refused(tmp_path, capfd):
+    (tmp_path / "pairs.yaml").write_text(
+        "name: p\nteacher: {kind: gaussian, mean: [0, 0], std: [1, 1]}\nstages:\n  p: {kind: pairs, count: 8}\n"
+    )
+    done = plan(capfd, tmp_path, str(tmp_path / "pairs.yaml"), "--gpus", "8xh100", "--measured", "p")
+    assert done.code == 2 and "--gpus: no stage of this spec trains; leave it out" in done.err
+
+
+def test_a_spec_of_which_nothing_can_be_counted_is_refused(spec, tmp_path, capfd, monkeypatch):
+    from distill.execution import run_costs
+
+    monkeypatch.setattr(run_costs, "rehearse", lambda *_: (_ for _ in ()).throw(run_costs.UNCOUNTED[0]("values")))
+    done = plan(capfd, tmp_path, spec, "--gpus", "8xh100", "--model", "sdxl")
+    assert done.code == 2 and "--gpus: no train stage of this spec can be counted before it runs" in done.err
+    assert done.err.count("cannot be counted: its recipe reads values") == 2
+
+
 def test_an_unknown_model_is_refused(tmp_path, capfd):
     (tmp_path / "far.yaml").write_text(SPEC)
     done = plan(capfd, tmp_path, str(tmp_path / "far.yaml"), "--gpus", "8xh100", "--model", "flux")

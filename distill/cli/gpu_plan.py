@@ -1,6 +1,6 @@
 """`distill plan --gpus`: what a run needs of given GPUs, how long it takes there, and how to launch it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,8 +113,10 @@ def show(source: "distill.spec.specfile.SpecSource", options: GpuOptions, store:
     else:
         found = counter.of_model(checks.check(source.spec, source.base), model)
     if not found.trainings:
-        raise InputError("--gpus: no stage of this spec trains, or none whose networks are known before it runs")
+        raise InputError("--gpus: no train stage of this spec can be counted before it runs")
     assumed = ASSUMED if options.utilisation is None else replace(ASSUMED, utilisation=options.utilisation)
+    if stage is not None and stage not in found.trainings:
+        raise InputError(f"--measured: what stage '{stage}' computes cannot be counted; use --utilisation")
     if stage is not None:
         launch, job = source.spec.launch, found.trainings[stage]
         try:
@@ -149,6 +151,8 @@ def _dividing(source: "distill.spec.specfile.SpecSource", counts: list[int], per
     from distill.spec.model import TrainStage
 
     batches = {name: each.batch_size for name, each in source.spec.stages.items() if isinstance(each, TrainStage)}
+    if not batches:
+        raise InputError("--gpus: no stage of this spec trains; leave it out")
     found = [count for count in counts if all(size % (count * per_node) == 0 for size in batches.values())]
     if not found:
         sizes = ", ".join(f"{size:,} of stage '{name}'" for name, size in batches.items())
@@ -326,7 +330,9 @@ def _measured(text: str | None, source: "distill.spec.specfile.SpecSource") -> t
     return name, seconds
 
 
-def _allowed(source: "distill.spec.specfile.SpecSource") -> "Any":  # noqa: ANN401
+def _allowed(source: "distill.spec.specfile.SpecSource") -> "Callable[[LaunchSpec], bool]":
+    """Whether the spec may have a section `launch`."""
+
     def allowed(launch: "LaunchSpec") -> bool:
         try:
             checks.check(source.spec.model_copy(update={"launch": launch}), source.base)

@@ -1,5 +1,6 @@
 """Measures the samples that teacher and students make from the same noise; see `row_work`."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ def measure(
         folder, stage, teacher, students, reference, judges, used, seed, device, progress, stop, store, world
     )
     rows = work.rows(ready.plans)
+    world.meet("rows of the evaluation")  # no rank reads the samples of the fine solver any more
     if not world.first:
         return None
     results = Results(
@@ -134,6 +136,8 @@ def measure(
         rows=rows,
     )
     write_json(folder / FILE_NAME, results.model_dump(mode="json"))
+    if work.endpoints.exists():  # also those of a process that was killed after its last row
+        shutil.rmtree(work.endpoints)
     return results
 
 

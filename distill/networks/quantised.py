@@ -8,6 +8,7 @@ layers stay as they are.
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distill.core.errors import InputError
 
@@ -44,5 +45,6 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
     """The tensors that a quantised one consists of; empty for others."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    return [] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+    if not is_traceable_wrapper_subclass(tensor):  # a tensor that consists of others, by torch's own protocol
+        return []
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

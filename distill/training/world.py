@@ -170,7 +170,8 @@ class World:
     def gather(self, place: str, item: T) -> list[T]:
         """The items that all ranks give, in the order of the ranks, on rank 0; an empty list on the others.
 
-        An item is anything that can be pickled; its tensors are on the CPU. All ranks must call it.
+        An item is what one process of the run sends to another, pickled by torch and never kept in a file; its tensors
+        are on the CPU. All ranks must call it.
         """
         if self.size == 1:
             return [item]
