@@ -122,8 +122,9 @@ def _cache(work: Work) -> dict[str, object]:
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     """Make the pairs of a stage, each rank a part of their shards."""
     folder, part = work.run.stage(work.name).pairs, work.own_part
-    unit = "pairs" if work.world.size == 1 else "pairs of rank 0"  # all ranks have about as many
-    with work.progress(pairspec.size(stage, part), unit) as progress, solving.opened(work) as solved:
+    with work.progress(pairspec.size(stage, part), "pairs") as progress, solving.opened(work) as solved:
+        if work.world.first and work.world.size > 1:
+            progress.note(f"{work.world.size} processes make {stage.count:,} pairs; shown is the part of the first one")
         prepare = partial(solved.prepare, folder, progress, work.stop)
         solved = work.world.alone("solver of the pairs", prepare) or prepare()
         solved.generate(folder, progress, work.stop, part)
