@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 import threading
 import time
 import weakref
@@ -42,6 +43,9 @@ def test_an_image_has_the_bytes_that_the_library_writes():
         assert bytes(image.content) == save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
         loaded = load(bytes(image.content))
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    # Where the data begins, tensors are copied at full speed.
+    (length,) = struct.unpack("<Q", bytes(image.content[:8]))
+    assert torch.frombuffer(image.content, dtype=torch.uint8, offset=8 + length).data_ptr() % 64 == 0
     empty = Image({})
     empty.fill({})
     assert bytes(empty.content) == save({})

@@ -5,7 +5,7 @@ averages, saves or sends them.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 
 import torch
@@ -88,16 +88,18 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: each for name, each in module.named_parameters() if not is_shared(each)}
 
 
-def load_own(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `own_state` returns. RuntimeError if it does not fit, as for `load_state_dict`."""
-    if not has_base(module):
-        module.load_state_dict(state)
-        return
+def load_own(module: nn.Module, state: Mapping[str, Tensor], *, without: Collection[str] = ()) -> None:
+    """Loads what `own_state` returns, one tensor at a time. RuntimeError if it does not fit.
+
+    without: names of tensors that are not loaded.
+    """
     own = own_state(module)
     if different := sorted(own.keys() ^ state.keys()):
         raise RuntimeError(f"{'missing' if different[0] in own else 'unknown'}: {different[0]}")
     with torch.no_grad():
         for name, each in own.items():
-            if each.shape != state[name].shape:
-                raise RuntimeError(f"{name} has shape {list(each.shape)}, not {list(state[name].shape)}")
-            each.copy_(state[name])
+            if name not in without:
+                found = state[name]
+                if each.shape != found.shape:
+                    raise RuntimeError(f"size mismatch for {name}: {list(found.shape)} instead of {list(each.shape)}")
+                each.copy_(found)

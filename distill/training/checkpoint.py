@@ -35,7 +35,6 @@ from distill.training.checkpoint_files import (
     remove,
     step_of,
     store,
-    verified,
     verify,
 )
 from distill.training.meeting import Meeting, MissingPartError
@@ -45,17 +44,17 @@ Warn = Callable[[str], None]
 WrittenGroup = tuple[str, bytes | memoryview, Mapping[str, PieceMeta]]  # name, content of the file, which parts it has
 
 
-def latest(folder: Path, warn: Warn, world: World = ALONE) -> Checkpoint | None:
+def latest(folder: Path, warn: Warn, world: World = ALONE, group: str | None = None) -> Checkpoint | None:
     """The newest checkpoint that is not damaged; None if there is no checkpoint yet. All ranks must call it.
 
     Damaged ones are skipped with a warning. RunError if all are damaged, so that training never silently restarts.
-    Each file is read by one rank, for its checksum.
+    Each file is read by one rank, for its checksum. group: only the files of this group are read; None: all files.
     """
     names = json.loads(world.tell("the checkpoints", json.dumps([path.name for path in complete(folder)]))[0])
     listed = [folder / name for name in names]
     damaged: dict[Path, str] = {}
     for path in listed:
-        found, reason = _checked(path, world)
+        found, reason = _checked(path, world, group)
         if bad := next(filter(None, world.tell(f"the files of {path.name}", reason)), None):
             damaged[path] = bad
             continue
@@ -65,7 +64,7 @@ def latest(folder: Path, warn: Warn, world: World = ALONE) -> Checkpoint | None:
         return found
     changed = complete(folder) != listed  # a running training replaced them meanwhile
     if any(world.tell("whether the checkpoints changed", "yes" if changed else "")):
-        return latest(folder, warn, world)
+        return latest(folder, warn, world, group)
     if damaged:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise RunError(
@@ -75,11 +74,12 @@ def latest(folder: Path, warn: Warn, world: World = ALONE) -> Checkpoint | None:
     return None
 
 
-def _checked(path: Path, world: World) -> tuple[Checkpoint | None, str]:
+def _checked(path: Path, world: World, group: str | None) -> tuple[Checkpoint | None, str]:
     """(the checkpoint, what is wrong with the files that this rank checks; "" if nothing is)."""
     try:
         meta = read_meta(path)
-        verify(path, meta, [name for i, name in enumerate(sorted(meta.files)) if i % world.size == world.rank])
+        read = sorted(name for name in meta.files if group in (None, group_of(name)))
+        verify(path, meta, read[world.rank :: world.size])
     except Damaged as reason:
         return None, str(reason) or "damaged"
     return Checkpoint(path, meta), ""
@@ -90,14 +90,14 @@ def to_stderr(text: str) -> None:
     say_error(f"warning: {text}")
 
 
-def of_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint after `step` steps, verified. InputError if it is damaged or does not exist."""
+def of_step(folder: Path, step: int, group: str) -> Checkpoint:
+    """The checkpoint after `step` steps. InputError if it does not exist, or files of `group` are damaged."""
     for path in complete(folder):
         if step_of(path) == step:
-            try:
-                return verified(path)
-            except Damaged as reason:
-                raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step") from reason
+            found, reason = _checked(path, ALONE, group)
+            if found is None:
+                raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step")
+            return found
     steps = ", ".join(f"step-{step_of(path)}" for path in complete(folder)) or "none yet"
     raise InputError(f"there is no checkpoint of step {step} in {folder}; available: {steps}")
 
@@ -116,10 +116,10 @@ def weights(
     half_life: None for the raw weights, else one of the stage's `ema_half_lives`, in images.
     step: use the checkpoint of this step instead of the newest.
     """
-    found = latest(folder, warn) if step is None else of_step(folder, step)
+    group = network_group(network) if half_life is None else ema_group(network, half_life)
+    found = latest(folder, warn, group=group) if step is None else of_step(folder, step, group)
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
-    group = network_group(network) if half_life is None else ema_group(network, half_life)
     if group not in {group_of(name) for name in found.meta.files}:
         raise InputError(f"checkpoint {found.path} has no '{group}'; it has {found.groups}")
     try:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ class Checkpoint:
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Read the tensors of a group, to the CPU. RunError if the checkpoint has no such group."""
         with self.group(group) as reader:
-            return {name: reader.whole(name) for name in reader.shapes}
+            return dict(reader)
 
     @property
     def groups(self) -> str:
@@ -139,9 +139,10 @@ class Checkpoint:
         return ", ".join(sorted({group_of(name) for name in self.meta.files}))
 
 
-class GroupReader:
+class GroupReader(Mapping[str, Tensor]):
     """Reads tensors of a group, each whole or in part, from the files that have it. A context manager.
 
+    As a mapping, it has the whole tensors by name, and reads each when it is asked for.
     shapes: of all tensors of the group, by name.
     """
 
@@ -163,9 +164,14 @@ class GroupReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def whole(self, name: str) -> Tensor:
-        """A whole tensor, on the CPU."""
+    def __getitem__(self, name: str) -> Tensor:
         return self.part(name, 0, self.shapes[name].numel()).view(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
     def part(self, name: str, start: int, numel: int) -> Tensor:
         """`numel` elements of a flattened tensor from `start` on, on the CPU. RunError if no file has some of them."""

@@ -28,6 +28,7 @@ from distill.training.blocks import EAGER, Blocks
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
 from distill.training.plain import PLAIN
+from distill.training.precision import autocast
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
 from distill.training.sharding import Sharding
@@ -230,10 +231,7 @@ def step_once(
         for rows, batch, carry in zip(slices, batches, carries, strict=True):
             context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
             with world.contact(place):
-                # No cache: a cast made without gradients would be reused by a later call that needs gradients.
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
-                ):
+                with autocast(device, bf16=stage.precision == "bf16"):
                     loss = turn.loss(nets, batch, context)
                 trainable.backward(loss.total / len(slices))
             carry.update({name: tensor.detach() for name, tensor in carry.items()})

@@ -110,7 +110,10 @@ class PlainTrainable:
         return dict(self._parameters)
 
     def read(self, group: GroupReader) -> dict[str, Tensor]:
-        return {key: group.whole(key) for key in self._parameters}
+        return {key: group[key] for key in self._parameters}
+
+    def load_masters(self, group: GroupReader) -> None:
+        """Nothing to do: they are the weights of the network, which are loaded whole."""
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -125,14 +128,14 @@ class PlainTrainable:
         return share_of(found, self.world.rank, self.world.size)
 
     def load_state(self, group: GroupReader) -> None:
-        self._refuse_unknown(group.shapes)
-        if not group.shapes:
+        self._refuse_unknown(group)
+        if not group:
             return
         self._reach.close()  # the turns before the checkpoint are not known any more
         states: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for full in group.shapes:
+        for full, tensor in group.items():
             key, _, name = full.rpartition("/")
-            states.setdefault(self._parameters[key], {})[name] = group.whole(full)
+            states.setdefault(self._parameters[key], {})[name] = tensor
         self.optimizers.load(states)
 
     def close(self) -> None:

@@ -85,12 +85,21 @@ class Roles:
         _refuse_sharing(self.networks, list(trained))
         for name in frozen:
             self.networks[name].requires_grad_(False).eval()
+        # Of trained weights that will be divided, each rank reads its part of the checkpoint, later.
+        divided = trained if found is not None and sharding.divides_trained else {}
+        later = {
+            name: {key for key, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+            for name, module in divided.items()
+        }
         if found is not None and world.first:
-            self._load_weights(found, [*trained, *self.copies])  # before they are divided
+            for name in (*trained, *self.copies):
+                self._load_weights(found, name, without=later.get(name, set()))
         # All ranks take the weights of rank 0: the recipe may have initialised them differently on each rank. Those of
         # a base were read from the same files by all.
-        for module in self.networks.values():
-            world.share([*(each for each in module.parameters() if not is_shared(each)), *_buffers(module)])
+        for name, module in self.networks.items():
+            kept = later.get(name, set())
+            own_weights = (p for key, p in module.named_parameters() if key not in kept and not is_shared(p))
+            world.share([*own_weights, *_buffers(module)])
         if blocks.recompute:
             recompute(self.name, list(trained.values()), offload=blocks.offload)
         if teacher is not None and sharding.divides_frozen:
@@ -108,7 +117,7 @@ class Roles:
         self.ema = Ema(self.student.masters(), stage.ema_half_lives, stage.ema_lengths)
         self.world = world
         if found is not None:
-            self._load_optimizers(found)
+            self._load_divided(found, list(divided))
 
     def view(self, active: str) -> tuple[Nets, Trainable]:
         """The networks for the loss of a turn of `active`, which is trainable; the others are frozen.
@@ -191,16 +200,18 @@ class Roles:
         copies = [p for name in self.copies for p in self.networks[name].parameters() if not is_shared(p)]
         return {**kinds, "ema": [t for own in self.ema.averages.values() for t in own.values()], "copies": copies}
 
-    def _load_weights(self, found: Checkpoint, names: list[str]) -> None:
-        for name in names:
+    def _load_weights(self, found: Checkpoint, name: str, without: set[str]) -> None:
+        with found.group(network_group(name)) as group:
             try:
-                load_own(self.networks[name], found.tensors(network_group(name)))
+                load_own(self.networks[name], group, without=without)
             except RuntimeError as error:
-                raise RunError(
-                    f"checkpoint {found.path} does not fit recipe '{self.name}': {' '.join(str(error).split())}"
-                ) from error
+                raise RunError(f"checkpoint {found.path} does not fit recipe '{self.name}': {error}") from error
 
-    def _load_optimizers(self, found: Checkpoint) -> None:
+    def _load_divided(self, found: Checkpoint, networks: list[str]) -> None:
+        """Load this rank's parts of optimizers, averages and the trained weights of `networks`."""
+        for name in networks:
+            with found.group(network_group(name)) as group:
+                self.trainables[name].load_masters(group)
         for name, trainable in self.trainables.items():
             with found.group(optimizer_group(name)) as group:
                 trainable.load_state(group)

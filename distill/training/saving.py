@@ -26,6 +26,7 @@ from distill.training.meeting import Meeting
 from distill.training.parts import TensorGroup
 from distill.training.world import ALONE, POLL, World
 
+ALIGNMENT = 64  # bytes; a cache line
 PEERS = 5.0  # seconds for which a rank that ends waits for the others to write their parts
 
 
@@ -43,15 +44,19 @@ class Image:
             begin, size = size, size + tensors[name].nbytes
             entry |= {"shape": list(tensors[name].shape), "data_offsets": [begin, size]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)  # the data must start at a multiple of 8 bytes
+        text = text.ljust(-(-len(text) // 8) * 8)  # the data must start at a multiple of 8 bytes in the file
         start = 8 + len(text)
-        self._bytes = _host_memory(start + size, pinned=any(tensor.is_cuda for tensor in tensors.values()))
-        self.content = memoryview(self._bytes.numpy())
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        self._memory = _host_memory(start + size + ALIGNMENT, pinned=pinned)
+        # Data at other addresses would be copied 1.25 times slower.
+        skipped = -(self._memory.data_ptr() + start) % ALIGNMENT
+        whole = self._memory[skipped : skipped + start + size]
+        self.content = memoryview(whole.numpy())
         self.content[:start] = len(text).to_bytes(8, "little") + text
         self._places: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             begin, end = header[name]["data_offsets"]
-            self._places[name] = self._bytes[start + begin : start + end].view(tensor.dtype).view(tensor.shape)
+            self._places[name] = whole[start + begin : start + end].view(tensor.dtype).view(tensor.shape)
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether `tensors` have the same names, dtypes and shapes as those that this image was made for."""

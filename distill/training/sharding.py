@@ -26,8 +26,8 @@ Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
 class Trainable(Protocol):
     """A network with its own optimizer. Parameters that have requires_grad=False at the start are not trained.
 
-    All ranks must call these methods together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`,
-    `parts`.
+    All ranks must call these methods together: `backward`, `check_reach`, `gradient_norm`, `step`,
+    `load_masters`, `whole`, `parts`.
     """
 
     @property
@@ -63,6 +63,9 @@ class Trainable(Protocol):
 
     def read(self, group: GroupReader) -> dict[str, Tensor]:
         """Tensors of a checkpoint, divided in the same way as `masters`."""
+
+    def load_masters(self, group: GroupReader) -> None:
+        """Load `masters` of a checkpoint, if a `Sharding` divides the weights of trained networks."""
 
     def whole(self) -> AbstractContextManager[None]:
         """A context in which the module's parameters are whole on every rank."""

@@ -109,7 +109,7 @@ def synthesize(folder: Path, length: float, names: set[str]) -> tuple[dict[str, 
     with ExitStack() as stack:
         readers = [stack.enter_context(each.group(ema_group("student", width))) for each, width in parts]
         for name in names:
-            tensors = (reader.whole(name).double() for reader in readers)
+            tensors = (reader[name].double() for reader in readers)
             total = sum(share * tensor for share, tensor in zip(shares, tensors, strict=True))
             assert isinstance(total, Tensor)
             whole[name] = total.to(whole[name].dtype)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from distill.core.errors import RunError
 from distill.flow.draws import Rows
 from distill.networks.sharing import has_base, is_shared, own_state
 from distill.protocols import Trained
@@ -136,6 +137,23 @@ class ZeroTrainable(PlainTrainable):
     def read(self, group: GroupReader) -> dict[str, Tensor]:
         return {key: group.part(key, part.start, part.numel) for key, part in self._parts.items()}
 
+    def load_masters(self, group: GroupReader) -> None:
+        if self.stage < 3:
+            return  # they are copies of the whole weights
+        for key, shape in self.shapes.items():
+            if group.shapes[key] != shape:
+                raise RunError(
+                    f"network '{self.name}' does not fit the checkpoint: {key} has shape {list(shape)}, and "
+                    f"{list(group.shapes[key])} there"
+                )
+        optimizer = self.engine.optimizer
+        optimizer.checkpoint_event_prologue()  # divides the parameters that stay whole, too
+        for key, tensor in self.read(group).items():
+            self._parts[key].of(self._flats).data.copy_(tensor)
+        for number in range(len(self._flats)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)  # copies them to the parameters
+        optimizer.checkpoint_event_epilogue()  # gathers them again
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         with _deepspeed().zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
@@ -203,18 +221,18 @@ class ZeroTrainable(PlainTrainable):
         return found
 
     def load_state(self, group: GroupReader) -> None:
-        self._refuse_unknown(group.shapes)
-        if not group.shapes:
+        self._refuse_unknown(group)
+        if not group:
             return
         self._reach.close()
-        steps = torch.stack([group.whole(name) for name in group.shapes if name.endswith("/step")])
+        steps = torch.stack([group[name] for name in group if name.endswith("/step")])
         for flat in self._keys():
             zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
             self._moments(flat).update(step=steps.max().to(flat.device, copy=True), **zeros)
         for name in MOMENTS:
             flats = [self._moments(flat)[name] for flat in self._keys()]
             for key, part in self._parts.items():
-                if (full := f"{key}/{name}") in group.shapes:
+                if (full := f"{key}/{name}") in group:
                     part.of(flats).copy_(group.part(full, part.start, part.numel))
 
     def close(self) -> None:
