@@ -92,6 +92,7 @@ def test_several_processes_make_the_same_bytes_and_numbers(trained, alone, procs
     assert (run.logs / "measure.rank-1.log").exists() or any(run.logs.glob("*rank-1*"))
 
 
+@pytest.mark.long
 def test_killed_processes_lose_one_row_at_most(trained, alone, tmp_path):
     run = copied(trained, tmp_path)
     args = ("run", str(run.root), "--resume", "--procs", "2")

@@ -9,6 +9,8 @@ from commands import command, snapshot
 from test_costs import SMALL, small
 
 from distill.cli import gpu_fit, gpu_plan
+from distill.execution import run_costs
+from distill.execution.rehearsal import rehearse
 from distill.launch import sites
 from distill.plans import device_kinds, facts
 from distill.spec import presets, specfile
@@ -27,11 +29,23 @@ stages:
 """
 
 
+COUNTED = {}
+
+
+def counted_once(networks, stage, *asked):
+    """What `rehearse` counts. It takes seconds, and most tests here plan the same stages with the same model."""
+    key = repr((stage, asked))
+    if key not in COUNTED:
+        COUNTED[key] = rehearse(networks, stage, *asked)
+    return COUNTED[key]
+
+
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
     """A spec whose teacher and data are not here. The networks of published models are small ones."""
     models = {name: small(name) for name in SMALL}
     monkeypatch.setattr(facts, "facts_of", models.__getitem__)
+    monkeypatch.setattr(run_costs, "rehearse", counted_once)
     (tmp_path / "far.yaml").write_text(SPEC)
     return str(tmp_path / "far.yaml")
 
@@ -119,8 +133,6 @@ def test_a_spec_without_training_is_refused(tmp_path, capfd):
 
 
 def test_a_spec_of_which_nothing_can_be_counted_is_refused(spec, tmp_path, capfd, monkeypatch):
-    from distill.execution import run_costs
-
     monkeypatch.setattr(run_costs, "rehearse", lambda *_: (_ for _ in ()).throw(run_costs.UNCOUNTED[0]("values")))
     done = plan(capfd, tmp_path, spec, "--gpus", "8xh100", "--model", "sdxl")
     assert done.code == 2 and "--gpus: no train stage of this spec can be counted before it runs" in done.err
