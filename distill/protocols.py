@@ -202,6 +202,8 @@ class Context(Protocol):
     @property
     def images(self) -> int: ...  # samples that the student has been trained on so far
     @property
+    def progress(self) -> float: ...  # part of the training that is done: 0 at its start, less than 1 at its last step
+    @property
     def draw(self) -> Draw: ...
     @property
     def carry(self) -> dict[str, Tensor]: ...  # passed from turn to turn of one step and micro-batch, detached

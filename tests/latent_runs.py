@@ -35,6 +35,7 @@ RECIPES = {
     "reflow/proreflow": ({"windows": 2}, {}),
     "reflow/consistency_fm": ({}, {"init": "reflow"}),
     "consistency/consistency": ({"levels": 4}, {}),
+    "consistency/scm": ({}, {}),
     "shortcut/shortcut": ({}, {}),
     "shortcut/meanflow": ({}, {}),
     "score/dmd2": ({}, {}),

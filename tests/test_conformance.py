@@ -61,6 +61,8 @@ OTHER_OPTIONS = [
     ("pretrain/flow_matching", {"coupling": "weighted", "coupling_block": 2, "cost": "distance"}),
     ("consistency/consistency", {"times": "continuous", "halving_images": 4, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
+    ("consistency/scm", {"derivative": "central", "h": 0.1, "tangent": "linear", "log_variance": "with_prior"}),
+    ("consistency/scm", {"velocity": "data", "tangent": "clipped", "anchor": 1.0}),
     ("reflow/consistency_fm", {"target": "teacher", "segments": 4, "delta": 0.05, "guidance_scale": 2.0}),
     ("reflow/consistency_fm", {"boundary": 0.9, "delta": 0.1, "velocity_weight": 1.0}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),

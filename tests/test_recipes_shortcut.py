@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from distill import testing
-from distill.flow import solvers
+from distill.flow import autodiff, solvers
 from distill.flow.interpolants import like
 from distill.protocols import Batch
 from distill.testing import exact
@@ -160,13 +160,13 @@ def test_the_weight_leaves_the_direction_of_a_samples_gradient():
 
 
 def test_only_rows_off_the_diagonal_are_differentiated(monkeypatch):
-    jvp, rows = meanflow.autodiff.jvp, []
+    jvp, rows = autodiff.jvp, []
 
     def count(function, at, along, *, method, step):
         rows.append(len(at[0]))
         return jvp(function, at, along, method=method, step=step)
 
-    monkeypatch.setattr(meanflow.autodiff, "jvp", count)
+    monkeypatch.setattr(autodiff, "jvp", count)
     loss(make(meanflow), exact.FLOW_MAP, 64)
     assert rows == [16]
 

@@ -78,7 +78,8 @@ def test_tensors_without_values_cost_what_real_ones_cost(recipes, fields, tmp_pa
 def test_every_recipe_on_other_networks(teacher, tmp_path):
     made = spec_of(tmp_path, teacher, list(RECIPES))
     if teacher == "sdxl":  # torch has no forward-mode derivative of its layers without values
-        made["stages"]["meanflow"]["options"] = {"derivative": "central"}
+        for name in ("meanflow", "scm"):
+            made["stages"][name]["options"] = {"derivative": "central"}
     pretended, real = counted(made, tmp_path), on_real_tensors(made, tmp_path)
     for name, costs in pretended.items():
         close(costs, real[name])

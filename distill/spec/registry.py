@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -250,11 +251,11 @@ def describe(name: str, base: Path) -> Description:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     paper = ast.get_docstring(tree) or ""
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
-    body = config.body if config is not None else []
     bases = config.bases if config is not None else []
-    inherited = [option for base in bases for option in _of_base(base, path.parent)]
-    options = {option.name: option for option in [*inherited, *_options(body)]}
-    needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
+    bodies = [*(_body_of_base(base, path.parent) for base in bases), config.body if config is not None else []]
+    options = {option.name: option for body in bodies for option in _options(body)}
+    functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
+    needs = next((node for node in reversed(functions) if node.name == "needs"), None)  # that of the class comes last
     return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
 
 
@@ -298,8 +299,8 @@ def _needs(needs: ast.FunctionDef | None) -> list[str]:
     return [need for need in NEEDS if need in [constant.value for constant in constants]]
 
 
-def _of_base(base: ast.expr, family: Path) -> list[Option]:
-    """The options that a Config inherits from `base`, written module.Class.
+def _body_of_base(base: ast.expr, family: Path) -> list[ast.stmt]:
+    """The body of a class that a Config inherits from, `base`, written module.Class.
 
     The module is in distill.flow or in the recipe's folder.
     """
@@ -309,12 +310,12 @@ def _of_base(base: ast.expr, family: Path) -> list[Option]:
     path = (family if shared else Path(__file__).parents[1] / "flow") / f"{base.value.id}.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
-    return [option for node in classes for option in _options(node.body)]
+    return [statement for node in classes for statement in node.body]
 
 
 def _options(body: Sequence[ast.stmt]) -> list[Option]:
     found = []
-    for statement, after in zip(body, [*body[1:], None], strict=True):
+    for statement, after in zip_longest(body, body[1:]):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
         meaning = ""

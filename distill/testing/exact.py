@@ -114,12 +114,13 @@ def context(
     *,
     step: int = 0,
     images: int = 0,
+    progress: float = 0.0,
     normals: Mapping[str, Tensor] | None = None,
     uniforms: Mapping[str, float] | None = None,
 ) -> StepContext:
     """The context of a step with a batch of `count` in a single micro-batch. normals, uniforms: see `Draws`."""
     draw = Draws(StepDraw(0, step, 0, Rows(0, count, count)), normals or {}, uniforms or {})
-    return StepContext(step, images, draw, {})
+    return StepContext(step, images, draw, {}, progress)
 
 
 def batch(count: int, *, seed: int = 0) -> Batch:

@@ -45,6 +45,7 @@ class StepContext:
     images: int
     draw: Draw
     carry: dict[str, Tensor]
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def step_once(
         losses = []
         world.meet(place)
         for rows, batch, carry in zip(slices, batches, carries, strict=True):
-            context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
+            context = StepContext(step, images, StepDraw(seed, step, index, rows), carry, images / stage.images)
             with world.contact(place):
                 with autocast(device, bf16=stage.precision == "bf16"):
                     loss = turn.loss(nets, batch, context)

@@ -6,31 +6,25 @@ matching. If v is a sample, noise - data, the identity holds only in expectation
 
 Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The paper's guidance for
 training on data alone (omega, kappa) is not implemented: use a guided teacher. The error is a mean over elements, so c
-does not depend on their number; theirs is a sum, with c = 0.01. Central differences stay within [s, 1]: near t = 1,
-their centre is slightly below t. With dropout, the derivative and the prediction get different masks.
+does not depend on their number; theirs is a sum, with c = 0.01. With dropout, the derivative and the prediction get
+different masks.
 """
 
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill.flow import autodiff, distances, times
+from distill.flow import distances, slopes, times
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 
-class Config(BaseModel):
+class Config(slopes.SlopeOptions):
     """Options of shortcut/meanflow."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    velocity: Literal["teacher", "data"] = "teacher"
-    """velocity v in the target: the teacher's, or (data) noise - data, which needs no teacher"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -45,27 +39,14 @@ class Config(BaseModel):
     """exponent p of the weight 1 / (error + c)^p of a sample; 0: no weighting"""
     c: PositiveFloat | None = None
     """c in this weight; null: 0.001"""
-    derivative: Literal["forward", "central"] = "forward"
-    """forward: exact; central: finite differences, if forward-mode derivatives are not supported or too noisy"""
-    h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    """for central: half the distance between its two times, at most half of t - s; null: 0.01"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.velocity == "data" and self.guidance_scale != 1:
-            raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
         if self.time_law == "uniform" and (given := sorted({"mu", "sigma"} & self.model_fields_set)):
             raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove them")
-        if self.derivative == "forward" and self.h is not None:
-            raise ValueError("h has no effect with derivative: forward; remove it, or use derivative: central")
         if self.power == 0 and self.c is not None:
             raise ValueError("c has no effect with power: 0; remove it")
         return self
-
-    @property
-    def needs(self) -> frozenset[str]:
-        needs = {"data"} | ({"teacher"} if self.velocity == "teacher" else set())
-        return frozenset(needs | ({"jvp"} if self.derivative == "forward" else set()))
 
     @property
     def student(self) -> str:
@@ -109,11 +90,7 @@ class Recipe:
         self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, batch: Batch, rows: Tensor
     ) -> Tensor:
         """The target v - (t - s) Du [B, ...], eq. (10). Du is computed for `rows` only; in the others s = t."""
-        c, cond = self.config, {name: value[rows] for name, value in batch.cond.items()}
+        cond = {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
-        h = torch.minimum((at - to) / 2, torch.full_like(at, c.h or 0.01)).clamp(min=1e-4)
-        middle = at if c.derivative == "forward" else torch.maximum(torch.minimum(at, 1 - h), h)
-        point = (x + like(middle - at, x) * along, middle, to)
-        direction = (along, torch.ones_like(at), torch.zeros_like(at))
-        slope = autodiff.jvp(lambda *p: student(*p, cond), point, direction, method=c.derivative, step=h)
+        slope = self.config.slope(student, x, at, to, along, cond)
         return v.index_put((rows,), along - like(at - to, x) * slope)

@@ -42,7 +42,7 @@ class Moves(Progress):
         super().__init__("recipes", MOVES * BATCH, "images", None)
         self.times: list[float] = []
 
-    def update(self, done: int, logs: Mapping[str, float]) -> None:
+    def update(self, done: int, *logs: Mapping[str, float]) -> None:
         if done > BATCH * len(self.times):
             self.times.append(time.perf_counter())
 
