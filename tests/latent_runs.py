@@ -36,6 +36,7 @@ RECIPES = {
     "reflow/consistency_fm": ({}, {"init": "reflow"}),
     "consistency/consistency": ({"levels": 4}, {}),
     "consistency/scm": ({}, {}),
+    "consistency/tcm": ({"closeness": 0.05}, {}),
     "shortcut/shortcut": ({}, {}),
     "shortcut/meanflow": ({}, {}),
     "score/dmd2": ({}, {}),
