@@ -264,14 +264,22 @@ class Copy:
 
     Every rank holds its full weights. It starts as `of`. After each optimizer step of `of`,
     copy = decay * copy + (1 - decay) * of. With decay 0, it always equals `of`.
+
+    decay: a number, or a function of the progress of the training, see `Context.progress`.
     """
 
     of: str
-    decay: float = 0.0
+    decay: float | Callable[[float], float] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"copy of '{self.of}': decay={self.decay} is invalid; valid: 0 <= decay < 1")
+        self.decay_at(0.0)
+
+    def decay_at(self, progress: float) -> float:
+        """The decay. ValueError if it is not in [0, 1)."""
+        decay = self.decay(progress) if callable(self.decay) else self.decay
+        if not 0 <= decay < 1:
+            raise ValueError(f"copy of '{self.of}': decay={decay} is invalid; valid: 0 <= decay < 1")
+        return decay
 
 
 @dataclass(frozen=True)

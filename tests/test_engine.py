@@ -446,16 +446,18 @@ def test_a_copy_that_would_never_follow_is_refused():
     for decay in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"copy of 'student': decay={decay} is invalid; valid: 0 <= decay < 1"):
             Copy("student", decay)
+        with pytest.raises(ValueError, match=rf"copy of 'student': decay={decay} is invalid"):
+            Copy("student", lambda progress, decay=decay: decay)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.75])
+@pytest.mark.parametrize("decay", [0.0, 0.75, lambda progress: 0.9 * progress])
 def test_a_copy_follows_the_weights_after_each_step(tmp_path, decay):
     """And a resume in the middle changes no bit of it."""
 
     class Following(FlowMatching):
         def __init__(self):
             super().__init__(dropout=0.3)
-            self.expected, self.seen = None, 0
+            self.expected, self.seen, self.progress = None, 0, 0.0
 
         def networks(self, init):
             return {**super().networks(init), "slow": Copy("student", decay)}
@@ -466,7 +468,9 @@ def test_a_copy_follows_the_weights_after_each_step(tmp_path, decay):
                 assert ctx.step > 0 or all(map(torch.equal, nets["slow"].parameters(), weights))
                 self.expected = [p.clone() for p in nets["slow"].parameters()]
             else:
-                torch._foreach_lerp_(self.expected, weights, 1 - decay)
+                now = decay(self.progress) if callable(decay) else decay
+                torch._foreach_lerp_(self.expected, weights, 1 - now)
+            self.progress = ctx.progress
             assert all(map(torch.equal, nets["slow"].parameters(), self.expected))
             assert not nets["slow"].training and not any(p.requires_grad for p in nets["slow"].parameters())
             self.seen += 1

@@ -106,6 +106,21 @@ def test_pseudo_huber_lies_between_the_norm_and_the_square():
     )
 
 
+def test_lpips_compares_the_two_ends(lpips_options):
+    made = Recipe(Config(point="data", distance="lpips", levels=2, **lpips_options), None)
+    nets = exact.nets(made, exact.Given(exact.Network(lambda x_t, t, s, cond: 0.5 * x_t)))
+    data, context = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1, exact.context(3)
+    (turn,) = made.turns(0, 0)
+    total = turn.loss(nets, Batch(data, None, {}), context).total
+    t, s, gap = made.config.neighbours(context.draw.uniform("t", data), 0)
+    ends = []
+    for time in (t, s):
+        at = like(time, data)
+        x = (1 - at) * data + at * context.draw.normal("noise", data)
+        ends.append(x - at * 0.5 * x)
+    assert total.item() == pytest.approx((nets["lpips"](*ends) / gap).mean().item(), rel=1e-5) and total > 0.01
+
+
 def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law():  # oracle C
     means = torch.stack([exact.MEAN, -exact.MEAN])
     null, scale, labels = 0.5 * exact.MEAN, 2.5, torch.arange(64) % 2
@@ -120,31 +135,82 @@ def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law():  # oracle C
 
 def test_times_close_in_on_each_other():
     u = torch.linspace(0, 1, 1000)
-    assert recipe(levels=4).neighbours(u[:-1], 0)[0].unique().tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert recipe(levels=4).config.neighbours(u[:-1], 0)[0].unique().tolist() == [0.25, 0.5, 0.75, 1.0]
     for options in ({"levels": 4, "halving_images": 100}, {"times": "continuous", "halving_images": 100}):
         before = None
         for images in (0, 99, 100, 250):
-            t, s, _ = recipe(**options).neighbours(u[:-1], images)
+            t, s, _ = recipe(**options).config.neighbours(u[:-1], images)
             assert ((s >= 0) & (s < t) & (t <= 1)).all()
             gap = (t - s).mean().item()
             if before is not None:
                 assert gap == pytest.approx(before, rel=1e-6) if images == 99 else gap < 0.75 * before
             before = gap
-        assert torch.equal(recipe(**options).neighbours(u, 1000)[1], recipe(**options).neighbours(u, 10**9)[1])
+        assert torch.equal(
+            recipe(**options).config.neighbours(u, 1000)[1], recipe(**options).config.neighbours(u, 10**9)[1]
+        )
+
+
+def test_the_grids_of_the_papers_grow():
+    """CT: N - 1 = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1), s0 = 2; iCT: 10, 20, ... 1280, each equally long."""
+    ct = Config(curriculum="ct", levels=1, most_levels=150)
+    for progress in (0, 0.01, 0.25, 0.9999):
+        expected = math.ceil(math.sqrt(progress * (151**2 - 4) + 4) - 1)
+        assert ct.steps(0, progress) == expected
+    assert ct.steps(0, 0) == 1 and ct.steps(0, 1 - 1e-9) == 150
+    ict = Config(curriculum="ict", levels=10)
+    assert [ict.steps(0, (k + 0.5) / 8) for k in range(8)] == [10, 20, 40, 80, 160, 320, 640, 1280]
+    assert ict.steps(0, 0.1249) == 10 and ict.steps(0, 0.1251) == 20
+    assert Config(curriculum="ict", levels=10, most_levels=15).steps(0, 0.9) == 10, "at most a doubling"
+
+
+def test_the_target_of_ct_follows_more_slowly_as_the_grid_grows():
+    """mu = exp(s0 ln(mu0) / (N - 1)): with s0 = 2 and mu0 = 0.95, from 0.9025 at one step to 0.99932 at 150."""
+    made = recipe(curriculum="ct", levels=1, target_decay=0.95)
+    copy = made.networks(exact.Given(exact.Network(exact.FLOW_MAP)))["target"]
+    assert copy.decay_at(0) == pytest.approx(0.9025) and copy.decay_at(1 - 1e-9) == pytest.approx(0.95 ** (2 / 150))
+    assert (
+        recipe(target_decay=0.95).networks(exact.Given(exact.Network(exact.FLOW_MAP)))["target"].decay_at(0.5) == 0.95
+    )
+
+
+@pytest.mark.parametrize("law", ["uniform", "log_normal"])
+def test_the_authors_grid_is_edms(law):
+    """sigma_i = (0.002^(1/7) + i/n (80^(1/7) - 0.002^(1/7)))^7; log_normal: as often as log sigma falls between two."""
+    n, mu, spread = 18, -1.1, 2.0
+    i = torch.arange(n + 1, dtype=torch.float64)
+    sigma = (0.002 ** (1 / 7) + i / n * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    grid = sigma / (1 + sigma)
+    grid[0], grid[-1] = 0, 1
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t, s, gap = Config(spacing="edm", level_law=law).neighbours(u, 0)
+    found = torch.searchsorted(grid, t - 1e-9)
+    assert torch.allclose(t, grid[found]) and torch.allclose(s, grid[found - 1]) and torch.equal(gap, t - s)
+    shares = torch.bincount(found - 1, minlength=n) / len(u)
+    ends = torch.special.ndtr((sigma.log() - mu) / spread)
+    ends[0], ends[-1] = 0, 1
+    expected = ends.diff() if law == "log_normal" else torch.full((n,), 1 / n, dtype=torch.float64)
+    assert (shares - expected).abs().max() < 1e-4
+
+
+def test_on_the_authors_grid_the_exact_flow_map_has_no_loss(monkeypatch):  # T1
+    monkeypatch.setattr(consistency.solvers, "step", lambda teacher, x_t, t, s, cond, solver: jump(x_t, t, s, cond))
+    options = {"spacing": "edm", "level_law": "log_normal", "curriculum": "ict", "huber_c": 1e-3}
+    assert loss(recipe(**options), exact.FLOW_MAP, progress=0.4) < 1e-4
+    assert loss(recipe(**options), lambda x_t, t, s, cond: exact.FIELD(x_t, t, cond), progress=0.4) > 1e-2
 
 
 @pytest.mark.parametrize("images", [0, 10, 35])
 def test_easy_tuning_has_its_own_times(images):
     """ln(sigma) is normal, and sigma' = sigma (1 - 2^-(a + 1) (1 + 8 sigmoid(-sigma))), at sigma 79 as anywhere."""
     u = torch.linspace(0.006, 0.999, 2000, dtype=torch.float64)
-    t, s, gap = recipe(times="continuous", halving_images=10).neighbours(u, images)
+    t, s, gap = recipe(times="continuous", halving_images=10).config.neighbours(u, images)
     sigma, earlier = t / (1 - t), s / (1 - s)
     assert torch.allclose(sigma.log(), -1.1 + 2 * torch.special.ndtri(u), rtol=0, atol=1e-9)
     closeness = 0.5 ** (images // 10 + 1)
     expected = (sigma * (1 - closeness * (1 + 8 * torch.sigmoid(-sigma)))).clamp(min=0)
     assert torch.allclose(earlier, expected, rtol=1e-9, atol=1e-12)
     assert sigma.max() > 79
-    ends = recipe(times="continuous", halving_images=10).neighbours(torch.tensor([0.0, 1.0]), images)
+    ends = recipe(times="continuous", halving_images=10).config.neighbours(torch.tensor([0.0, 1.0]), images)
     assert (ends[0] >= ends[1]).all() and (ends[0] <= 1).all() and (ends[2] > 0).all()
     assert torch.allclose(gap, t - s, rtol=1e-9)
     near = torch.tensor([0.99987799])  # where t and s are the same in float32
@@ -163,6 +229,13 @@ def test_easy_tuning_has_its_own_times(images):
         ({"point": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with point: data; remove it"),
         ({"distance": "l2", "huber_c": 0.1}, "huber_c has no effect with distance: l2; remove it"),
         ({"target_decay": 1.0}, "less than 1"),
+        ({"most_levels": 40}, "most_levels has no effect without curriculum"),
+        ({"curriculum": "ict", "halving_images": 10}, "halving_images has no effect with curriculum: ict"),
+        ({"curriculum": "ct", "levels": 40, "most_levels": 20}, "most_levels=20 must be at least levels=40"),
+        ({"times": "continuous", "spacing": "edm"}, "spacing: no effect with times: continuous"),
+        ({"distance": "lpips"}, "distance: lpips needs lpips_trunk and lpips_path"),
+        ({"lpips_trunk": "squeeze"}, "lpips_trunk: no effect with distance: pseudo_huber"),
+        ({"distance": "lpips", "huber_c": 0.1}, "huber_c has no effect with distance: lpips"),
     ],
 )
 def test_options_without_effect_are_refused(options, message):

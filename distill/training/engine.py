@@ -244,7 +244,7 @@ def step_once(
             if probe is not None:
                 probe(roles)
             trainable.step(stage.optimizer.learning_rate(images + stage.batch_size / 2, stage.images), norm)
-            roles.moved(turn.network)
+            roles.moved(turn.network, images / stage.images)
     if not turns:
         raise InputError(
             f"recipe '{stage.recipe}': turns() yielded nothing at step {step}; it must yield at least one turn"

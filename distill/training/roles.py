@@ -133,12 +133,12 @@ class Roles:
             trainable.activate(name == active)
         return {**self.networks, active: self.trainables[active].callable}, self.trainables[active]
 
-    def moved(self, name: str) -> None:
+    def moved(self, name: str, progress: float) -> None:
         """Call after an optimizer step of `name`: updates its target copies. Buffers are taken from rank 0."""
         self.world.share(_buffers(self.networks[name]))
         for copy, role in self.copies.items():
             if role.of == name:
-                self._follow(self.networks[copy], self.trainables[name], role.decay)
+                self._follow(self.networks[copy], self.trainables[name], role.decay_at(progress))
 
     @torch.no_grad()
     def _follow(self, copy: nn.Module, trainable: Trainable, decay: float) -> None:
