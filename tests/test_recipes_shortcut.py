@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from distill import testing
 from distill.flow import autodiff, solvers
 from distill.flow.interpolants import like
-from distill.protocols import Batch
+from distill.protocols import Batch, Pairs
 from distill.testing import exact
 from distill.testing.closed_form import GaussianFlowMap, class_gaussian_teacher
 from recipes.shortcut import meanflow, shortcut
@@ -144,6 +144,36 @@ def test_sampled_velocities_satisfy_the_identity_in_the_mean(t, s):  # T2
     assert (target - expected).square().mean().sqrt() > 0.3  # one sample is far from it
 
 
+def test_a_predicted_tangent_gives_the_same_mean_by_a_derivative_that_is_not_random():  # P06
+    """At a flow map that is not that of the data, but whose velocity at s = t is the marginal one."""
+    count, x_t, t, s = 100_000, torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64), 0.7, 0.2
+    data, noise = exact.posterior(x_t, t, count)
+    at, to = (torch.full((count,), time, dtype=torch.float64) for time in (t, s))
+
+    def network(x, t, s, cond):
+        return exact.FIELD(x, t, cond) + like(t - s, x) * torch.sin(3 * x)
+
+    found = {}
+    for tangent in ("sampled", "predicted"):
+        made = make(meanflow, velocity="data", tangent=tangent)
+        given = x_t.expand(count, 3), at, to, noise - data, Batch(data, None, {}), torch.arange(count)
+        found[tangent] = made.target(exact.Network(network), *given)
+    apart = found["sampled"] - found["predicted"]
+    assert (apart.mean(0).abs() < 5 * apart.std(0) / math.sqrt(count)).all() and apart.std(0).max() > 0.1
+    assert torch.allclose(found["predicted"].var(0), (noise - data).var(0)), "the derivative is not random"
+
+
+@pytest.mark.parametrize("tangent", ["sampled", "predicted"])
+def test_on_pairs_of_a_straight_flow_its_map_has_no_loss(tangent):
+    """Re-MeanFlow: noise - data is then the velocity itself."""
+    noise = exact.batch(64, seed=5).data
+    batch = Batch(None, Pairs(noise, exact.MEAN + exact.STD * noise), {})
+    made = make(meanflow, velocity="pairs", tangent=tangent)
+    right = loss(made, lambda x, t, s, cond: exact.STRAIGHT(x, t, cond), batch=batch, count=64)
+    assert right.logs["error"] < 1e-12 < 1e-2 < loss(made, exact.FLOW_MAP, batch=batch, count=64).logs["error"]
+    assert made.config.needs == {"teacher", "pairs", "jvp"}
+
+
 def test_the_weight_leaves_the_direction_of_a_samples_gradient():
     """1 / (error + c)^p, stopped: the gradient is weight times that of the square."""
     gradients = {}
@@ -230,6 +260,12 @@ def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law(module, options):
     ("module", "options", "message"),
     [
         (meanflow, {"velocity": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with velocity: data"),
+        (
+            meanflow,
+            {"tangent": "predicted"},
+            "tangent: predicted replaces sampled velocities; use it with velocity: data",
+        ),
+        (meanflow, {"velocity": "pairs", "guidance_scale": 2.0}, "guidance_scale has no effect with velocity: pairs"),
         (meanflow, {"power": 0.0, "c": 0.1}, "c has no effect with power: 0; remove it"),
         (meanflow, {"h": 0.1}, "h has no effect with derivative: forward; remove it, or use derivative: central"),
         (meanflow, {"time_law": "uniform", "mu": 0.0}, "mu: no effect with time_law: uniform; remove"),

@@ -1,6 +1,5 @@
 """Options of recipes that differentiate a flow map along the paths of a teacher, or of data."""
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from distill.flow import autodiff
 from distill.flow.interpolants import like
+from distill.protocols import Batch, Cond, Draw
 
 
 class SlopeOptions(BaseModel):
@@ -16,8 +16,9 @@ class SlopeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    velocity: Literal["teacher", "data"] = "teacher"
-    """velocity v of the paths: the teacher's, or (data) noise - data, which needs no teacher"""
+    velocity: Literal["teacher", "data", "pairs"] = "teacher"
+    """velocity v of the paths: the teacher's; or noise - data, of real data (data), which needs no teacher, or of the
+    teacher's pairs (pairs), which are those of a rectified flow after reflow"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     derivative: Literal["forward", "central"] = "forward"
@@ -27,20 +28,28 @@ class SlopeOptions(BaseModel):
 
     @model_validator(mode="after")
     def _slope_has_effect(self) -> Self:
-        if self.velocity == "data" and self.guidance_scale != 1:
-            raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
+        if self.velocity != "teacher" and self.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale has no effect with velocity: {self.velocity}; remove it, or use velocity: teacher"
+            )
         if self.derivative == "forward" and self.h is not None:
             raise ValueError("h has no effect with derivative: forward; remove it, or use derivative: central")
         return self
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {"data"} | ({"teacher"} if self.velocity == "teacher" else set())
+        needs = {"teacher": {"teacher", "data"}, "data": {"data"}, "pairs": {"teacher", "pairs"}}[self.velocity]
         return frozenset(needs | ({"jvp"} if self.derivative == "forward" else set()))
 
-    def slope(
-        self, flow_map: autodiff.Function, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Mapping[str, Tensor]
-    ) -> Tensor:
+    def ends(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Data and noise between which the paths are, both [B, ...]."""
+        if self.velocity == "pairs":
+            assert batch.pairs is not None
+            return batch.pairs.data, batch.pairs.noise
+        assert batch.data is not None
+        return batch.data, draw.normal("noise", batch.data)
+
+    def slope(self, flow_map: autodiff.Function, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """Du: the derivative of u(x_t, t, s, cond) along (v, 1, 0) at times s < t [B], in the shape of x_t.
 
         Central differences stay within [s, 1]: near t = 1, their centre is slightly below t.

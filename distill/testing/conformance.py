@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import Rows, StepDraw, sample_labels, sample_noise
@@ -161,8 +161,9 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
         before = torch.get_rng_state()
         moves, step = 0, 0
         while moves < MOVES:
+            carry: dict[str, Tensor] = {}
             for index, turn in enumerate(recipe.turns(step, step * BATCH)):
-                context = StepContext(step, step * BATCH, StepDraw(0, step, index, rows), {})
+                context = StepContext(step, step * BATCH, StepDraw(0, step, index, rows), carry)
                 losses.append(turn.loss(nets, Noise(BATCH, subject.times).batch(step, rows), context).total.item())
                 moves += turn.network == "student"
             step += 1

@@ -77,10 +77,10 @@ class Recipe:
             yield Turn("log_variance", self.variance_loss)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.data is not None
-        c, student, noise = self.config, nets["student"], ctx.draw.normal("noise", batch.data)
-        t = times.logit_normal(ctx.draw.uniform("t", batch.data), c.mu, c.sigma).clamp(FIRST, LAST)  # [B]
-        x_t, v = student.interpolant.mix(batch.data, noise, t), student.interpolant.velocity(batch.data, noise, t)
+        c, student = self.config, nets["student"]
+        data, noise = c.ends(batch, ctx.draw)
+        t = times.logit_normal(ctx.draw.uniform("t", data), c.mu, c.sigma).clamp(FIRST, LAST)  # [B]
+        x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
         if self.teacher is not None:
             with torch.no_grad():
                 v = self.teacher(x_t, t, batch.cond)

@@ -2,7 +2,9 @@
 
 The identity is u(x_t, t, s) = v - (t - s) Du, eq. (6), where Du is the derivative of u along (v, 1, 0). Its right side
 is the target, without gradients; Du takes one forward-mode call. On a fixed part of the batch s = t, which is flow
-matching. If v is a sample, noise - data, the identity holds only in expectation.
+matching. If v is a sample, noise - data, the identity holds only in expectation. `tangent: predicted` is improved
+MeanFlow (Geng et al. 2025, arXiv 2512.02012) with the student's own velocity u(x_t, t, t): the derivative is then not
+random. With `velocity: pairs`, the paths are the nearly straight ones of a rectified flow (Re-MeanFlow).
 
 Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The paper's guidance for
 training on data alone (omega, kappa) is not implemented: use a guided teacher. The error is a mean over elements, so c
@@ -25,6 +27,8 @@ from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, T
 class Config(slopes.SlopeOptions):
     """Options of shortcut/meanflow."""
 
+    tangent: Literal["sampled", "predicted"] = "sampled"
+    """direction of the derivative: that of v, or the student's own velocity u(x_t, t, t), as in improved MeanFlow"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -44,6 +48,8 @@ class Config(slopes.SlopeOptions):
     def _has_effect(self) -> Self:
         if self.time_law == "uniform" and (given := sorted({"mu", "sigma"} & self.model_fields_set)):
             raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove them")
+        if self.tangent == "predicted" and self.velocity == "teacher":
+            raise ValueError("tangent: predicted replaces sampled velocities; use it with velocity: data or pairs")
         if self.power == 0 and self.c is not None:
             raise ValueError("c has no effect with power: 0; remove it")
         return self
@@ -70,9 +76,8 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.data is not None
-        c, data, student = self.config, batch.data, nets["student"]
-        noise, path = ctx.draw.normal("noise", data), student.interpolant
+        c, student = self.config, nets["student"]
+        (data, noise), path = c.ends(batch, ctx.draw), student.interpolant
         one, other = (self.law(ctx.draw.uniform(name, data)) for name in ("t", "s"))
         t, (on_diagonal, _, rows) = torch.maximum(one, other), ctx.draw.split(c.diagonal, data)
         s = torch.minimum(one, other) * (ctx.draw.uniform("to_data", data) >= c.to_data)
@@ -92,5 +97,9 @@ class Recipe:
         """The target v - (t - s) Du [B, ...], eq. (10). Du is computed for `rows` only; in the others s = t."""
         cond = {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
-        slope = self.config.slope(student, x, at, to, along, cond)
+        direction = along
+        if self.config.tangent == "predicted":
+            with torch.no_grad():
+                direction = student(x, at, at, cond)
+        slope = self.config.slope(student, x, at, to, direction, cond)
         return v.index_put((rows,), along - like(at - to, x) * slope)
