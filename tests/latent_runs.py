@@ -39,6 +39,7 @@ RECIPES = {
     "consistency/tcm": ({"closeness": 0.05}, {}),
     "shortcut/shortcut": ({}, {}),
     "shortcut/meanflow": ({}, {}),
+    "shortcut/flow_map": ({"law": "progressive"}, {}),
     "score/dmd2": ({}, {}),
 }
 

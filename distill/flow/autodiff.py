@@ -37,6 +37,7 @@ def jvp(
     *,
     method: Derivative = "forward",
     step: float | Tensor = 1e-4,
+    gradient: bool = False,
 ) -> Tensor:
     """Returns the Jacobian-vector product: the derivative of `function` at the point `at` in the direction `along`.
 
@@ -48,12 +49,14 @@ def jvp(
     Its error is of order h^2 (curvature) plus eps/h (rounding). A network that is called with 1000 t changes noticeably
     if t changes by 1e-3, so keep h well below that.
 
-    The result has no gradient. Autocast is disabled, because differences of bf16 values are mostly rounding noise.
+    The result has no gradient, unless `gradient` asks for it. Autocast is disabled, because differences of bf16 values
+    are mostly rounding noise.
     """
-    with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
+    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()), torch.autocast(at[0].device.type, enabled=False):
         if method == "forward":
             with sdpa_kernel(SDPBackend.MATH), ContiguousGroupNorm():
-                return torch.func.jvp(function, at, along)[1].detach()
+                found: Tensor = torch.func.jvp(function, at, along)[1]
+                return found if gradient else found.detach()
         h = torch.as_tensor(step, device=at[0].device).expand(at[0].shape[0])
         forth, back = (
             function(*(x + sign * like(h, x).to(x.dtype) * v for x, v in zip(at, along, strict=True)))

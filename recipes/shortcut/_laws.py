@@ -1,0 +1,51 @@
+"""The laws of a flow map u(x_t, t, s), X = x_t + (s - t) u: each says what u is equal to.
+
+x: [B, ...] at times t [B]; s < t [B] is where the jump ends. velocity: v(x, t, cond), called without gradients.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distill.flow import autodiff
+from distill.flow.interpolants import like
+from distill.protocols import Cond
+
+FlowMapCall = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
+VelocityCall = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+def lagrangian(
+    u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
+) -> Tensor:
+    """v(X, s) + (t - s) du/ds. gradient: of the derivative; X has none."""
+    with torch.no_grad():
+        end = velocity(x + like(s - t, x) * u(x, t, s, cond), s, cond)
+    slope = autodiff.jvp(lambda at: u(x, t, at, cond), (s,), (torch.ones_like(s),), gradient=gradient)
+    return end + like(t - s, x) * slope
+
+
+def eulerian(
+    u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
+) -> Tensor:
+    """v(x, t) - (t - s) Du, with the derivative Du along (v, 1, 0)."""
+    with torch.no_grad():
+        v = velocity(x, t, cond)
+    direction = (v, torch.ones_like(t), torch.zeros_like(s))
+    slope = autodiff.jvp(lambda x, t, s: u(x, t, s, cond), (x, t, s), direction, gradient=gradient)
+    return v - like(t - s, x) * slope
+
+
+def shortened(g: Tensor) -> Tensor:
+    """g / (|g| + 0.1), where |g| is the root of the mean square of a sample."""
+    return g / (like(g.square().flatten(1).mean(1).sqrt(), g) + 0.1)
+
+
+@torch.no_grad()
+def progressive(u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: Tensor) -> Tensor:
+    """r u(x, t, m) + (1 - r) u(x_m, m, s): two jumps, which meet at m = t - r (t - s). r: [B] in (0, 1)."""
+    m = t - r * (t - s)
+    first = u(x, t, m, cond)
+    second = u(x + like(m - t, x) * first, m, s, cond)
+    return like(r, x) * first + like(1 - r, x) * second
