@@ -69,6 +69,7 @@ OTHER_OPTIONS = [
     ("shortcut/flow_map", {"law": "eulerian", "guidance_scale": 2.0, "normalise": True}),
     ("shortcut/flow_map", {"velocity": "self", "gradient": "full", "target_decay": 0.99}),
     ("shortcut/flow_map", {"law": "progressive", "velocity": "self", "middle": "uniform"}),
+    ("shortcut/progressive", {"weight": "plus_one", "distance": "l1", "guidance_scale": 2.0}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
     ("shortcut/shortcut", {"base": "step", "bootstrap": 0.75}),
     ("shortcut/shortcut", {"base": "data"}),
