@@ -1,13 +1,16 @@
 """Options of recipes that differentiate a flow map along the paths of a teacher, or of data."""
 
+from contextlib import nullcontext
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from distill.core.errors import InputError
 from distill.flow import autodiff
 from distill.flow.interpolants import like
+from distill.flow.smooth_times import smooth_times, time_embeddings
 from distill.protocols import Batch, Cond, Draw
 
 
@@ -21,8 +24,9 @@ class SlopeOptions(BaseModel):
     teacher's pairs (pairs), which are those of a rectified flow after reflow"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
-    derivative: Literal["forward", "central"] = "forward"
-    """forward: exact; central: finite differences, if forward-mode derivatives are not supported or too noisy"""
+    derivative: Literal["forward", "smooth", "central"] = "forward"
+    """forward: exact; smooth: exact but for the network's embedding of t, which is differentiated without its ripple;
+    central: finite differences, for networks without forward-mode derivatives"""
     h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     """for central: half the distance between its two times, at most half of t - s; null: 0.01"""
 
@@ -32,14 +36,16 @@ class SlopeOptions(BaseModel):
             raise ValueError(
                 f"guidance_scale has no effect with velocity: {self.velocity}; remove it, or use velocity: teacher"
             )
-        if self.derivative == "forward" and self.h is not None:
-            raise ValueError("h has no effect with derivative: forward; remove it, or use derivative: central")
+        if self.derivative != "central" and self.h is not None:
+            raise ValueError(
+                f"h has no effect with derivative: {self.derivative}; remove it, or use derivative: central"
+            )
         return self
 
     @property
     def needs(self) -> frozenset[str]:
         needs = {"teacher": {"teacher", "data"}, "data": {"data"}, "pairs": {"teacher", "pairs"}}[self.velocity]
-        return frozenset(needs | ({"jvp"} if self.derivative == "forward" else set()))
+        return frozenset(needs | ({"jvp"} if self.derivative != "central" else set()))
 
     def ends(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """Data and noise between which the paths are, both [B, ...]."""
@@ -49,13 +55,21 @@ class SlopeOptions(BaseModel):
         assert batch.data is not None
         return batch.data, draw.normal("noise", batch.data)
 
-    def slope(self, flow_map: autodiff.Function, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
+    def slope(self, flow_map: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """Du: the derivative of u(x_t, t, s, cond) along (v, 1, 0) at times s < t [B], in the shape of x_t.
 
         Central differences stay within [s, 1]: near t = 1, their centre is slightly below t.
         """
         h = torch.minimum((t - s) / 2, torch.full_like(t, self.h or 0.01)).clamp(min=1e-4)
-        middle = t if self.derivative == "forward" else torch.maximum(torch.minimum(t, 1 - h), h)
+        middle = torch.maximum(torch.minimum(t, 1 - h), h) if self.derivative == "central" else t
         point = (x_t + like(middle - t, x_t) * v, middle, s)
         direction = (v, torch.ones_like(t), torch.zeros_like(t))
-        return autodiff.jvp(lambda *p: flow_map(*p, cond), point, direction, method=self.derivative, step=h)
+        if self.derivative == "central":
+            return autodiff.jvp(lambda *p: flow_map(*p, cond), point, direction, method="central", step=h)
+        if self.derivative == "smooth" and not time_embeddings(flow_map):
+            raise InputError(
+                "derivative: smooth has no effect on this network, which does not embed the time as diffusers does; "
+                "use derivative: forward"
+            )
+        with smooth_times(flow_map) if self.derivative == "smooth" else nullcontext():
+            return autodiff.jvp(lambda *p: flow_map(*p, cond), point, direction)
