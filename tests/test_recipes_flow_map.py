@@ -179,8 +179,8 @@ def test_options_without_effect_are_refused(options, message):
 SUBJECTS = [
     testing.Subject(
         "shortcut/flow_map",
-        ring={"law": "progressive"},
         steps=(1, 2),
+        frequencies=5,
         short=testing.Training(512_000, lr=1e-3),
         long=testing.Training(2_500_000, lr=1e-3),
         closed_form=(

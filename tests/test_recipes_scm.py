@@ -196,6 +196,7 @@ SUBJECTS = [
         "consistency/scm",
         ring={"sigma_data": 2.13, "warm_up": 0.5},
         steps=(1, 2),
+        frequencies=5,
         short=testing.Training(512_000, lr=1e-3),
         long=testing.Training(2_500_000, lr=1e-3),
         closed_form=(

@@ -284,6 +284,7 @@ ADDED = {
     "ema_lengths", "ema_snapshots",
 }  # fmt: skip
 ADDED_TO_OPTIMIZER = {"name", "momentum"}
+ADDED_TO_MLP = {"frequencies"}
 ADDED_TO_TEACHER = {
     "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
     "quantize",
@@ -357,6 +358,8 @@ def stage_content(stage: Stage) -> dict[str, Any]:
     content = _without_defaults(stage.model_dump(mode="json"), stage, ADDED)
     if isinstance(stage, TrainStage):
         content["optimizer"] = _without_defaults(content["optimizer"], stage.optimizer, ADDED_TO_OPTIMIZER)
+        if isinstance(stage.network, MlpSpec):
+            content["network"] = _without_defaults(content["network"], stage.network, ADDED_TO_MLP)
     return content
 
 

@@ -123,6 +123,10 @@ def of_field(field: VelocityField, solver: str, steps: int) -> float:
     return excess(solvers.solve(field, noise(), {}, solver=solver, steps=steps))
 
 
+def network_of(subject: Subject) -> MlpSpec:
+    return NETWORK.model_copy(update={"frequencies": subject.frequencies})
+
+
 def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
     """Train a student from a new network with the training engine."""
     config = subject.config(subject.ring)
@@ -137,7 +141,7 @@ def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
     with Progress("ring", stage.images, "images", None) as progress:
         result = engine.train(
             recipe,
-            StudentInit(None, NETWORK, (2,), None, seed=0),
+            StudentInit(None, network_of(subject), (2,), None, seed=0),
             source(config.needs, subject.times, batch),
             stage,
             seed=0,
@@ -158,7 +162,7 @@ def recovers(subject: Subject, training: Training, folder: Path) -> dict[str, di
     """
     student = trained(subject, training, folder)
     if subject.makes_teacher:
-        untrained = StudentInit(None, NETWORK, (2,), None, seed=0).velocity_field().eval()
+        untrained = StudentInit(None, network_of(subject), (2,), None, seed=0).velocity_field().eval()
         return {"student": {24: of_field(student, "heun", 24)}, "teacher": {24: of_field(untrained, "heun", 24)}}
     recipe = subject.module.Recipe(subject.config(subject.ring), TEACHER)
     t_grids, sampler, found = sampling.own_grids(recipe, subject.times), recipe.sampler, {}

@@ -40,6 +40,7 @@ class Subject:
 
     recipe: name of the recipe. options: options for all tests; others have their defaults.
     ring: additional options for the ring. steps: numbers of steps that its students are made for.
+    frequencies: of the network for the ring, see `MlpSpec`.
     times: times of the states of its pairs, if it needs states.
     short, long: trainings on the ring that take about 15 and 90 seconds on one CPU core.
     closed_form: checks at the exact solution, which raise AssertionError.
@@ -50,6 +51,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     ring: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[int, ...] = (1,)
+    frequencies: int = 16
     times: tuple[float, ...] = (1.0, 0.5, 0.0)
     short: Training = Training(512_000)
     long: Training = Training(3_000_000)
