@@ -99,6 +99,7 @@ def test_a_piece_that_no_rank_wrote_is_an_error_and_not_zeros(tmp_path):
         assert torch.equal(group.part("w", 60, 40), torch.ones(40))
         with pytest.raises(RunError, match="no file has the elements 40 to 100 of 'w'; the checkpoint is not complete"):
             group["w"]
+        assert "w" in group and "v" not in group and [*group] == ["w"], "without reading it"
 
 
 def test_one_rank_writes_files_as_before(tmp_path):

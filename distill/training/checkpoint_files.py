@@ -173,6 +173,9 @@ class GroupReader(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # that of Mapping would read the tensor
+
     def part(self, name: str, start: int, numel: int) -> Tensor:
         """`numel` elements of a flattened tensor from `start` on, on the CPU. RunError if no file has some of them."""
         parts: list[Tensor] = []
