@@ -40,6 +40,7 @@ RECIPES = {
     "shortcut/shortcut": ({}, {}),
     "shortcut/meanflow": ({}, {}),
     "shortcut/flow_map": ({"law": "progressive"}, {}),
+    "shortcut/cmt": ({}, {"pairs": "halves"}),
     "shortcut/progressive": ({}, {}),
     "score/dmd2": ({}, {}),
 }
