@@ -2,8 +2,8 @@
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
 `quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `flowturbo` and `zero` 15,
-`guidance` 25, `bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs,
-`looks` a run of a million events; `checkpoint` and `pull` need 4 GB of disk.
+`guidance` 25, `bns` and `solvers` 10, `schedules` 4, `reading` and `waves` 3, `shards` 2; `runs` makes a store of 2,000
+runs, `looks` a run of a million events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
@@ -46,6 +46,7 @@ from tests.benchmarks.solvers import bench_solvers
 from tests.benchmarks.store import bench_looks, bench_runs
 from tests.benchmarks.students import bench_index, bench_pull
 from tests.benchmarks.threads import bench_threads
+from tests.benchmarks.waves import bench_waves
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
@@ -168,6 +169,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "caches": bench_caches,
     "recipes": bench_recipes,
     "threads": bench_threads,
+    "waves": bench_waves,
     "solvers": bench_solvers,
     "bns": bench_bns,
     "schedules": bench_schedules,
