@@ -161,6 +161,8 @@ def test_recipes(capfd):
     found = {each["name"]: each["needs"] for each in json.loads(done.out)}
     assert found == {
         "consistency/consistency": ["data", "teacher"],
+        "consistency/scm": ["data", "pairs", "teacher", "jvp"],
+        "consistency/tcm": ["data", "teacher", "weights"],
         "pretrain/flow_matching": ["data"],
         "reflow/boss": ["pairs", "states", "teacher"],
         "reflow/caf": ["pairs", "teacher"],
@@ -175,7 +177,10 @@ def test_recipes(capfd):
         "reflow/simple_reflow": ["data", "pairs", "teacher"],
         "reflow/slimflow": ["pairs", "teacher", "weights"],
         "score/dmd2": ["data", "teacher"],
-        "shortcut/meanflow": ["data", "teacher", "jvp"],
+        "shortcut/cmt": ["pairs", "states", "teacher"],
+        "shortcut/flow_map": ["data", "teacher", "jvp"],
+        "shortcut/meanflow": ["data", "pairs", "teacher", "jvp"],
+        "shortcut/progressive": ["data", "teacher"],
         "shortcut/shortcut": ["data", "teacher"],
     }
     assert "arXiv 2209.03003, Alg. 1" in command(capfd, "recipes").out

@@ -63,6 +63,7 @@ OTHER_OPTIONS = [
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
     ("consistency/scm", {"derivative": "central", "h": 0.1, "tangent": "linear", "log_variance": "with_prior"}),
     ("consistency/scm", {"velocity": "data", "tangent": "clipped", "anchor": 1.0}),
+    ("consistency/tcm", {"point": "data", "closeness": 0.1}),
     ("consistency/tcm", {"point": "heun", "guidance_scale": 2.0, "truncation": 0.3, "closeness": 0.1}),
     ("reflow/consistency_fm", {"target": "teacher", "segments": 4, "delta": 0.05, "guidance_scale": 2.0}),
     ("reflow/consistency_fm", {"boundary": 0.9, "delta": 0.1, "velocity_weight": 1.0}),

@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from distill import testing
+from distill.flow import laws
 from distill.flow.interpolants import like
 from distill.protocols import Batch
 from distill.testing import exact
-from recipes.shortcut import _laws, flow_map
 from recipes.shortcut.flow_map import Config, Recipe
 
 LAWS = ["lagrangian", "eulerian", "progressive"]
@@ -50,9 +50,9 @@ def test_the_right_side_is_u_at_any_times(law):
         s = part * t
         u = exact.FLOW_MAP(x, t, s, {})
         if law == "progressive":
-            right = _laws.progressive(exact.FLOW_MAP, x, t, s, {}, torch.linspace(0.05, 0.95, 32, dtype=torch.float64))
+            right = laws.progressive(exact.FLOW_MAP, x, t, s, {}, torch.linspace(0.05, 0.95, 32, dtype=torch.float64))
         else:
-            right = getattr(_laws, law)(exact.FLOW_MAP, x, t, s, {}, field, gradient=False)
+            right = getattr(laws, law)(exact.FLOW_MAP, x, t, s, {}, field, gradient=False)
         assert (right - u).abs().max() < 1e-11
 
 
@@ -114,17 +114,17 @@ def test_full_gradients_also_flow_through_the_derivative(law, gradient):
         made = Recipe(Config(law=law, gradient=gradient), exact.teacher(exact.FIELD))
         with pytest.MonkeyPatch.context() as patch:
             if gradient == "semi":
-                law_of = getattr(_laws, law)
-                patch.setattr(flow_map._laws, law, lambda u, *rest, **more: law_of(frozen, *rest, **more))
+                law_of = getattr(laws, law)
+                patch.setattr(laws, law, lambda u, *rest, **more: law_of(frozen, *rest, **more))
             elif law == "lagrangian":
-                whole = _laws.lagrangian
+                whole = laws.lagrangian
 
                 def landing_frozen(u, x, t, s, cond, velocity, *, gradient):
                     end = velocity(x + like(s - t, x) * frozen(x, t, s, cond), s, cond).detach()
                     moved = velocity(x + like(s - t, x) * u(x, t, s, cond), s, cond).detach()
                     return whole(u, x, t, s, cond, velocity, gradient=gradient) - moved + end
 
-                patch.setattr(flow_map._laws, law, landing_frozen)
+                patch.setattr(laws, law, landing_frozen)
             (turn,) = made.turns(0, 0)
             return turn.loss({"student": network}, batch, context).total
 

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from distill import testing
+from distill.flow import tangents
 from distill.flow.interpolants import like
 from distill.testing import exact
 from distill.testing.closed_form import GaussianFlowMap
-from recipes.consistency import _tangents
 from recipes.consistency.scm import Config, Recipe
 
 FACM = {"tangent": "clipped", "anchor": 1.0}
@@ -64,7 +64,7 @@ def test_the_tangent_is_that_of_trigflow(sigma_data, factor):
 
     v = exact.FIELD(x_lin, t, {})
     du = torch.func.jvp(u, (x_lin, t), (v, torch.ones_like(t)))[1]
-    step, of_u = _tangents.trig(u(x_lin, t), v, du, t, factor, sd)
+    step, of_u = tangents.trig(u(x_lin, t), v, du, t, factor, sd)
     assert torch.allclose(-like(of_u, step) * step, expected, rtol=1e-10, atol=1e-10)
     further = x_lin - like(t, x_lin) * (u(x_lin, t) + 1)  # the end, if u were greater by 1
     assert torch.allclose((cos * x - further) / (sd * sin) - big_f, like(of_u, x).expand_as(x))
@@ -75,7 +75,7 @@ def test_sampled_velocities_give_the_tangent_in_the_mean(t, monkeypatch):  # T2
     """Before it is normalised, which makes it biased."""
     count, x_t = 200_000, torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
     data, noise = exact.posterior(x_t, t, count)
-    monkeypatch.setattr(_tangents, "normalised", lambda g: g)
+    monkeypatch.setattr(tangents, "normalised", lambda g: g)
     at, end = torch.full((count,), t, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     made = Recipe(Config(velocity="data", tangent="linear"), None)
     x, v = x_t.expand(count, 3), noise - data
@@ -114,7 +114,7 @@ def test_the_factor_of_the_derivative_grows_with_the_training():
 def test_the_learned_variance_is_that_of_the_error(error):
     """The loss e / exp(l) + l is least at l = log e. The student's loss is divided by exp(l)."""
     made = Recipe(Config(log_variance="learned"), None)
-    head, t = _tangents.LogVariance(), torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    head, t = tangents.LogVariance(), torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     optimizer, context = (
         torch.optim.LBFGS(head.double().parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=0),
         exact.context(50),
@@ -129,7 +129,7 @@ def test_the_learned_variance_is_that_of_the_error(error):
 
     optimizer.step(closure)
     assert head(t).detach().numpy() == pytest.approx(math.log(error), abs=1e-3)
-    assert _tangents.LogVariance()(t).abs().max() == 0
+    assert tangents.LogVariance()(t).abs().max() == 0
 
 
 @pytest.mark.parametrize("weight", ["learned", "with_prior"])
@@ -146,7 +146,7 @@ def test_the_learned_variance_sees_the_students_error(weight):
 def test_facm_clips_the_tangent_and_steps_less_near_the_data():
     u, zero = torch.tensor([[3.0, -0.2]]), torch.zeros(1, 2)
     for t, part in ((1.0, 1.0), (0.75, 0.5), (0.0, 0.0)):
-        assert torch.allclose(_tangents.clipped(u, zero, zero, torch.tensor([t])), part * torch.tensor([[1.0, -0.2]]))
+        assert torch.allclose(tangents.clipped(u, zero, zero, torch.tensor([t])), part * torch.tensor([[1.0, -0.2]]))
 
 
 def test_facm_anchors_the_velocity_by_length_and_angle():

@@ -138,7 +138,8 @@ def _refuse(request: DraftRequest, recipe: ResolvedRecipe, teacher: InspectedTea
         other = "teacher.conditions is given" if teacher.text_encoders else "it has none"
         why = f"which have captions and no classes: its text encoders must encode the captions, but {other}"
     if "data" in recipe.needs and why:
-        with_pairs = [name for name in registry.names() if "pairs" in registry.describe(name, request.base).needs]
+        described = {name: registry.describe(name, request.base).needs for name in registry.names()}
+        with_pairs = [name for name, needs in described.items() if "pairs" in needs and "jvp" not in needs]
         raise InputError(
             f"{request.recipe} needs real data, and this teacher makes {makes}, {why}; use a recipe that trains on "
             f"pairs of the teacher: {', '.join(with_pairs)}"

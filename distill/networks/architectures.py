@@ -121,7 +121,9 @@ def _mlp(spec: MlpSpec, shape: tuple[int, ...], embeddings: int | None) -> Veloc
         raise InputError(
             f"network.kind=mlp is for vectors, but samples have shape {list(shape)}; use network.kind=unet"
         )
-    return VelocityMLP(shape[0], spec.width, spec.depth, embeddings, spec.frequencies)
+    return VelocityMLP(
+        dim=shape[0], width=spec.width, depth=spec.depth, num_class_embeds=embeddings, frequencies=spec.frequencies
+    )
 
 
 def _unet(spec: UNetSpec, shape: tuple[int, ...], embeddings: int | None) -> UNet2DModel:

@@ -18,14 +18,13 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from distill.flow import distances, solvers
+from distill.flow import distances, levels, solvers
 from distill.flow.fields import jump_to_data
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from recipes.consistency import _levels
 
 
-class Config(_levels.LevelOptions, distances.LpipsOptions):
+class Config(levels.LevelOptions, distances.LpipsOptions):
     """Options of consistency/consistency."""
 
     point: Literal["heun", "euler", "data"] = "heun"

@@ -17,10 +17,9 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill.flow import distances, slopes, times
+from distill.flow import distances, slopes, tangents, times
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from recipes.consistency import _tangents
 
 FIRST, LAST = 0.002, 0.9999  # as in consistency/consistency
 
@@ -69,7 +68,7 @@ class Recipe:
     def networks(self, init: Init) -> dict[str, Role]:
         student = Trained(init.flow_map(to_data=self.config.anchor is None))
         learned = self.config.log_variance is not None
-        return {"student": student, **({"log_variance": Trained(_tangents.LogVariance())} if learned else {})}
+        return {"student": student, **({"log_variance": Trained(tangents.LogVariance())} if learned else {})}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.loss)
@@ -107,9 +106,9 @@ class Recipe:
         c, warm_up = self.config, 0.1 if self.config.warm_up is None else self.config.warm_up
         factor = 1.0 if progress >= warm_up else progress / warm_up
         if c.tangent == "trig":
-            return _tangents.trig(u, v, du, t, factor, c.sigma_data or 0.5)
+            return tangents.trig(u, v, du, t, factor, c.sigma_data or 0.5)
         one = torch.ones_like(t)
-        return (_tangents.linear(u, v, du, t, factor) if c.tangent == "linear" else _tangents.clipped(u, v, du, t)), one
+        return (tangents.linear(u, v, du, t, factor) if c.tangent == "linear" else tangents.clipped(u, v, du, t)), one
 
     def variance_loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         found = nets["log_variance"](ctx.carry["t"])

@@ -32,7 +32,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    point: Literal["data", "euler", "heun"] = "data"
+    point: Literal["data", "euler", "heun"] = "euler"
     """how x_s is made: data: from the same data and noise, no teacher; euler or heun: by this step of the teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""

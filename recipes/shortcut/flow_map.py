@@ -19,10 +19,9 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
-from distill.flow import distances, times
+from distill.flow import distances, laws, times
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from recipes.shortcut import _laws
 
 
 class Config(BaseModel):
@@ -107,14 +106,14 @@ class Recipe:
         at = x_t[rows], t[rows], s[rows], cond
         if c.law == "progressive":
             r = torch.full_like(t, 0.5) if c.middle != "uniform" else ctx.draw.uniform("middle", data).clamp(0.01, 0.99)
-            right = _laws.progressive(own, *at, r[rows])
+            right = laws.progressive(own, *at, r[rows])
         else:
             velocity = self.teacher or (lambda x, t, cond: own(x, t, t, cond))
-            law = _laws.lagrangian if c.law == "lagrangian" else _laws.eulerian
+            law = laws.lagrangian if c.law == "lagrangian" else laws.eulerian
             right = law(student, *at, velocity, gradient=c.gradient == "full")
         target = torch.where(like(on_diagonal, v), v, v.index_put((rows,), right.to(v.dtype)))
         u = student(x_t, t, s, batch.cond)
         if c.normalise:
-            target = u.detach() + _laws.shortened(target - u.detach())
+            target = u.detach() + laws.shortened(target - u.detach())
         error = distances.mse(u, target)  # [B]
         return Loss(error.mean(), {"on_diagonal": (error * on_diagonal).detach().mean() / c.diagonal})

@@ -12,12 +12,12 @@ from distill.flow import autodiff
 from distill.flow.interpolants import like
 from distill.protocols import Cond
 
-FlowMapCall = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
+AverageVelocityCall = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
 VelocityCall = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 def lagrangian(
-    u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
+    u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
 ) -> Tensor:
     """v(X, s) + (t - s) du/ds. gradient: of the derivative; X has none."""
     with torch.no_grad():
@@ -27,7 +27,7 @@ def lagrangian(
 
 
 def eulerian(
-    u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
+    u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, velocity: VelocityCall, *, gradient: bool
 ) -> Tensor:
     """v(x, t) - (t - s) Du, with the derivative Du along (v, 1, 0)."""
     with torch.no_grad():
@@ -43,7 +43,7 @@ def shortened(g: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def progressive(u: FlowMapCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: Tensor) -> Tensor:
+def progressive(u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: Tensor) -> Tensor:
     """r u(x, t, m) + (1 - r) u(x_m, m, s): two jumps, which meet at m = t - r (t - s). r: [B] in (0, 1)."""
     m = t - r * (t - s)
     first = u(x, t, m, cond)
