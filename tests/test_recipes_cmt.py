@@ -43,7 +43,7 @@ def test_pairs_of_states_are_equally_likely(to_data):
     assert (s < t).all()
     found = {(a, b): ((t == a) & (s == b)).double().mean().item() for a in TIMES.tolist() for b in TIMES.tolist()}
     starts = [0.4, 0.3, 0.2, 0.1]  # how many pairs begin at each time, of 10
-    for a, share in zip(TIMES.tolist(), starts, strict=False):
+    for a, share in zip(TIMES.tolist()[:-1], starts, strict=True):
         for b in TIMES.tolist():
             if b < a:
                 expected = (1 - to_data) / 10 + (to_data * share if b == 0 else 0)

@@ -14,6 +14,7 @@ from distill.flow.interpolants import linear
 from distill.flow.slopes import SlopeOptions
 from distill.flow.smooth_times import smooth_times, time_embeddings
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.testing import exact
 from distill.testing.subject import start
 
@@ -86,6 +87,13 @@ def test_values_and_other_derivatives_stay():
 
 
 def test_a_network_without_such_an_embedding_is_refused():
-    x, t = exact.batch(3).data, torch.full((3,), 0.5, dtype=torch.float64)
+    given = SlopeOptions(derivative="smooth")
     with pytest.raises(InputError, match="derivative: smooth has no effect on this network"):
-        derivative(exact.Network(exact.FLOW_MAP), x, t, x, "smooth")
+        given.checked(exact.Network(exact.FLOW_MAP))
+    noise_levels = VelocityUNet2DModel(
+        path="edm", prediction="epsilon", sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="does not embed times from 0 to 1000"):
+        given.checked(noise_levels)
+    assert SlopeOptions().checked(noise_levels) is noise_levels

@@ -37,11 +37,6 @@ def eulerian(
     return v - like(t - s, x) * slope
 
 
-def shortened(g: Tensor) -> Tensor:
-    """g / (|g| + 0.1), where |g| is the root of the mean square of a sample."""
-    return g / (like(g.square().flatten(1).mean(1).sqrt(), g) + 0.1)
-
-
 @torch.no_grad()
 def progressive(u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, r: Tensor) -> Tensor:
     """r u(x, t, m) + (1 - r) u(x_m, m, s): two jumps, which meet at m = t - r (t - s). r: [B] in (0, 1)."""

@@ -44,7 +44,8 @@ class LevelOptions(BaseModel):
         if continuous:
             unused = {"levels", "spacing", "curriculum", "level_law"}
         if found := sorted(unused & self.model_fields_set):
-            raise ValueError(f"{', '.join(found)}: no effect with times: {self.times}; remove them")
+            remedy = "" if continuous else ", or use level_law: log_normal"
+            raise ValueError(f"{', '.join(found)}: no effect with times: {self.times}; remove them{remedy}")
         if continuous and self.halving_images is None:
             raise ValueError("times: continuous needs halving_images; without it, s stays 0 for most samples")
         if self.curriculum is None and self.most_levels is not None:

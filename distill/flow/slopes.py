@@ -47,6 +47,15 @@ class SlopeOptions(BaseModel):
         needs = {"teacher": {"teacher", "data"}, "data": {"data"}, "pairs": {"teacher", "pairs"}}[self.velocity]
         return frozenset(needs | ({"jvp"} if self.derivative != "central" else set()))
 
+    def checked(self, flow_map: nn.Module) -> nn.Module:
+        """The network. InputError if `derivative: smooth` cannot differentiate it."""
+        if self.derivative == "smooth" and not time_embeddings(flow_map):
+            raise InputError(
+                "derivative: smooth has no effect on this network, which does not embed times from 0 to 1000 as "
+                "diffusers does; use derivative: forward"
+            )
+        return flow_map
+
     def ends(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
         """Data and noise between which the paths are, both [B, ...]."""
         if self.velocity == "pairs":
@@ -66,10 +75,5 @@ class SlopeOptions(BaseModel):
         direction = (v, torch.ones_like(t), torch.zeros_like(t))
         if self.derivative == "central":
             return autodiff.jvp(lambda *p: flow_map(*p, cond), point, direction, method="central", step=h)
-        if self.derivative == "smooth" and not time_embeddings(flow_map):
-            raise InputError(
-                "derivative: smooth has no effect on this network, which does not embed the time as diffusers does; "
-                "use derivative: forward"
-            )
         with smooth_times(flow_map) if self.derivative == "smooth" else nullcontext():
             return autodiff.jvp(lambda *p: flow_map(*p, cond), point, direction)

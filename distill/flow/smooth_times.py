@@ -19,12 +19,16 @@ from distill.flow.waiting import on
 WAVES = 5  # cosines and sines of k pi/2 t in the fit, k = 1 ... WAVES: at most 8 radians while t goes from 0 to 1
 POINTS = 257  # times at which the embedding is fitted
 WAVES_OF, LAYERS_OF = "time_proj", ("time_embedding", "timestep_embedder")  # as diffusers names them
+OTHER_TIMES = "edm", "ve"  # paths of networks that embed noise levels, not times from 0 to 1000
 
 
 def time_embeddings(network: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The parts of a network that embed its time: the waves, and the layers after them."""
+    """The parts of a network that embed its time, from 0 to 1000: the waves, and the layers after them."""
     found = []
     for part in network.modules():
+        config = vars(part).get("_internal_dict") or {}  # where diffusers keeps it
+        if config.get("path") in OTHER_TIMES:
+            return []
         children = dict(part.named_children())
         found += [(children[WAVES_OF], children[name]) for name in LAYERS_OF if {name, WAVES_OF} <= children.keys()]
     return found

@@ -17,11 +17,9 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill.flow import distances, slopes, tangents, times
+from distill.flow import distances, levels, slopes, tangents, times
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-
-FIRST, LAST = 0.002, 0.9999  # as in consistency/consistency
 
 
 class Config(slopes.SlopeOptions):
@@ -66,7 +64,7 @@ class Recipe:
         self.config, self.teacher = config, teacher.guided(config.guidance_scale) if teacher and guided else None
 
     def networks(self, init: Init) -> dict[str, Role]:
-        student = Trained(init.flow_map(to_data=self.config.anchor is None))
+        student = Trained(self.config.checked(init.flow_map(to_data=self.config.anchor is None)))
         learned = self.config.log_variance is not None
         return {"student": student, **({"log_variance": Trained(tangents.LogVariance())} if learned else {})}
 
@@ -78,7 +76,7 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         c, student = self.config, nets["student"]
         data, noise = c.ends(batch, ctx.draw)
-        t = times.logit_normal(ctx.draw.uniform("t", data), c.mu, c.sigma).clamp(FIRST, LAST)  # [B]
+        t = times.logit_normal(ctx.draw.uniform("t", data), c.mu, c.sigma).clamp(levels.FIRST, levels.LAST)  # [B]
         x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
         if self.teacher is not None:
             with torch.no_grad():

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
-from distill.flow import distances, laws, times
+from distill.flow import distances, laws, tangents, times
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -114,6 +114,6 @@ class Recipe:
         target = torch.where(like(on_diagonal, v), v, v.index_put((rows,), right.to(v.dtype)))
         u = student(x_t, t, s, batch.cond)
         if c.normalise:
-            target = u.detach() + laws.shortened(target - u.detach())
+            target = u.detach() + tangents.normalised(target - u.detach())
         error = distances.mse(u, target)  # [B]
         return Loss(error.mean(), {"on_diagonal": (error * on_diagonal).detach().mean() / c.diagonal})

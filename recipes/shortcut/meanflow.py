@@ -70,7 +70,7 @@ class Recipe:
         self.law = times.uniform if config.time_law == "uniform" else times.law("logit_normal", config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        return {"student": Trained(init.flow_map())}
+        return {"student": Trained(self.config.checked(init.flow_map()))}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.loss)
