@@ -1,6 +1,8 @@
 """Directional derivatives of networks, by forward-mode differentiation (exact) or by central differences."""
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -54,6 +56,7 @@ def jvp(
     """
     with torch.set_grad_enabled(gradient and torch.is_grad_enabled()), torch.autocast(at[0].device.type, enabled=False):
         if method == "forward":
+            _load_rules()
             with sdpa_kernel(SDPBackend.MATH), ContiguousGroupNorm():
                 found: Tensor = torch.func.jvp(function, at, along)[1]
                 return found if gradient else found.detach()
@@ -63,3 +66,11 @@ def jvp(
             for sign in (1, -1)
         )
         return (forth - back) / (2 * like(h, forth).to(forth.dtype))
+
+
+@cache
+def _load_rules() -> None:
+    """Let torch load its rules of forward-mode derivatives now, without its warning that they are made by torch.jit."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
