@@ -316,9 +316,10 @@ Role = Trained | Frozen | Copy | Adapter
 class Init(Protocol):
     """Makes a recipe's networks from the teacher's weights, from the student of another stage, or from fresh weights.
 
-    A flow map that starts from a velocity network v returns v(x_t, t) for every s. An acceleration network that starts
-    from it returns v(x_t, t) both as velocity and as acceleration, for every given velocity. A critic starts from the
-    teacher if the teacher has weights.
+    A flow map that starts from a velocity network v returns v(x_t, t) for every s, and so does each output of a policy,
+    but for noise of the standard deviation `spread`, relative to that of the last layer's weights. An acceleration
+    network that starts from it returns v(x_t, t) both as velocity and as acceleration, for every given velocity. A
+    critic starts from the teacher if the teacher has weights.
 
     A recipe that calls its flow map with s = 0 only should say so by `to_data`: then networks of latent-space pipelines
     get no second time, and the pipelines can sample them. `t_grid` returns the steps + 1 times along which its student
@@ -333,6 +334,9 @@ class Init(Protocol):
     def conditioning(self) -> Conditioning: ...
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def flow_map(self, to_data: bool = False) -> nn.Module: ...  # a module that is a FlowMap on the linear path
+    def policy(
+        self, policy: str, count: int, grid: Sequence[float] | None = None, spread: float = 0.0
+    ) -> nn.Module: ...  # a FlowMap whose network has several outputs, see networks/policies.py and networks/policy.py
     def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt
     def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity [B, ...] and logit [B]
     def t_grid(self, steps: int) -> Sequence[float]: ...

@@ -19,6 +19,7 @@ MORE_PAIRS = {
     "halves": {**PAIRS, "paths": "trajectories", "times": [1, 0.5, 0]},
     "segments": {**PAIRS, "paths": "segments", "times": [1, 0.5, 0]},
 }
+OF_PIXELS = {"shortcut/pdd", "shortcut/pi_flow"}  # recipes whose students have several outputs
 # recipe -> options, and other fields of its stage
 RECIPES = {
     "reflow/reflow": ({}, {"pairs": "pairs"}),

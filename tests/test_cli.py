@@ -180,6 +180,8 @@ def test_recipes(capfd):
         "shortcut/cmt": ["pairs", "states", "teacher"],
         "shortcut/flow_map": ["data", "teacher", "jvp"],
         "shortcut/meanflow": ["data", "pairs", "teacher", "jvp"],
+        "shortcut/pdd": ["data", "teacher"],
+        "shortcut/pi_flow": ["data", "teacher"],
         "shortcut/progressive": ["data", "teacher"],
         "shortcut/shortcut": ["data", "teacher"],
     }

@@ -70,6 +70,8 @@ OTHER_OPTIONS = [
     ("shortcut/flow_map", {"law": "eulerian", "guidance_scale": 2.0, "normalise": True}),
     ("shortcut/flow_map", {"velocity": "self", "gradient": "full", "target_decay": 0.99}),
     ("shortcut/flow_map", {"law": "progressive", "velocity": "self", "middle": "uniform"}),
+    ("shortcut/pdd", {"states": "data", "solver": "euler", "shift": 3.0, "guidance_scale": 2.0}),
+    ("shortcut/pi_flow", {"policy": "data", "components": 3, "asked": 1, "guidance_scale": 2.0}),
     ("shortcut/progressive", {"weight": "plus_one", "distance": "l1", "guidance_scale": 2.0}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
     ("shortcut/shortcut", {"base": "step", "bootstrap": 0.75}),
@@ -87,9 +89,10 @@ OTHER_OPTIONS = [
 
 
 def other(name, options):
-    """One step or several, in each segment where there are some."""
+    """One step or several, in each segment where there are some; those of recipes that train for one number."""
     few = options.get("segments", 2) if name == "reflow/consistency_fm" else 1
-    return testing.Subject(name, options, steps=(few, 2 * few, 4 * few))
+    is_for_one = name in ("shortcut/progressive", "shortcut/pi_flow")
+    return testing.Subject(name, options, steps=(1,) if is_for_one else (few, 2 * few, 4 * few))
 
 
 OTHERS = [other(name, options) for name, options in OTHER_OPTIONS]

@@ -11,6 +11,7 @@ import torch
 from commands import command
 from diffusers import DDPMScheduler
 from latent import normal, write, write_conditions
+from latent_runs import OF_PIXELS
 from PIL import Image
 from test_teacher_flux import embeddings, pipeline
 
@@ -59,6 +60,12 @@ def test_every_recipe_gives_a_valid_spec_that_reads_back_as_itself(request, tmp_
     teacher, given = request.getfixturevalue(network), None
     for recipe in RECIPES:
         if (network, recipe) == ("flux", NO_TEACHER):
+            continue
+        if network == "flux" and recipe in OF_PIXELS:
+            with pytest.raises(
+                InputError, match="networks of latent-space pipelines cannot get yet; use another recipe"
+            ):
+                drafted(teacher, recipe)
             continue
         made = drafted(teacher, recipe)
         (tmp_path / "spec.yaml").write_text(presets.annotated(made.spec, tmp_path))
@@ -248,7 +255,7 @@ def test_prompts_of_a_teacher_with_text_encoders_are_cached(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != NO_TEACHER])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != NO_TEACHER and name not in OF_PIXELS])
 def test_the_spec_passes_the_checks_of_plan_once_it_is_complete(flux, tmp_path, recipe):
     """With conditions, and with images of each class."""
     rows, null = embeddings(2), {name: each[:1] for name, each in embeddings(5).items()}

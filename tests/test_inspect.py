@@ -178,6 +178,8 @@ def test_the_table_names_every_network_that_can_be_a_teacher(capfd, monkeypatch)
         "FlowMapMLP",
         "AccelerationMLP",
         "FlowMapEdmUNet2DModel",
+        "PolicyUNet2DModel",
+        "PolicyMLP",
     }
     assert sorted(named) == sorted(architectures.known().keys() - students)
     assert rows[0].networks == ["UNet2DModel", "VelocityUNet2DModel"]

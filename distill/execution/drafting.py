@@ -6,7 +6,7 @@ samples. The others are starting points, which whoever runs the spec will want t
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from distill.protocols import Adapter, Cond, Conditioning, Copy, Frozen, Trained
 from distill.spec import checks, pairspec, registry, specfile
 from distill.spec.model import CheckpointTeacher, LaunchSpec, RunSpec, TrainStage
 from distill.spec.resolved import ResolvedRecipe
-from distill.students import sampling
+from distill.students import native, sampling
 from distill.training.choice import TrainedMemory, fitting
 from distill.training.memory import FLOAT
 
@@ -175,7 +175,7 @@ def _launch(request: DraftRequest, recipe: ResolvedRecipe, teacher: InspectedTea
 
 def _memory(recipe: ResolvedRecipe, teacher: InspectedTeacher) -> TrainedMemory:
     """The networks of a recipe, if all are as large as the teacher's."""
-    roles = recipe.module.Recipe(recipe.config, None).networks(_Sized(teacher.classes))
+    roles = recipe.module.Recipe(recipe.config, None).networks(_Sized(teacher.classes, is_latent=teacher.is_latent))
     sizes, still, frozen = dict[str, list[int]](), dict[str, list[int]](), 0
     for name, role in roles.items():
         each = [n for n in teacher.sizes for _ in range(_copies(role.module))] if not isinstance(role, Copy) else []
@@ -301,9 +301,9 @@ class _Sized(nn.Module):
 
     null_class = None
 
-    def __init__(self, classes: int | None, count: int = 1) -> None:
+    def __init__(self, classes: int | None, count: int = 1, *, is_latent: bool = False) -> None:
         super().__init__()
-        self.num_classes, self.count = classes, count
+        self.num_classes, self.count, self.is_latent = classes, count, is_latent
 
     @property
     def conditioning(self) -> Conditioning:
@@ -313,6 +313,11 @@ class _Sized(nn.Module):
         return _Sized(self.num_classes)
 
     def flow_map(self, to_data: bool = False) -> nn.Module:
+        return _Sized(self.num_classes)
+
+    def policy(self, policy: str, count: int, grid: Sequence[float] | None = None, spread: float = 0.0) -> nn.Module:
+        if self.is_latent:
+            raise InputError(native.ONE_OUTPUT)
         return _Sized(self.num_classes)
 
     def acceleration(self) -> nn.Module:

@@ -46,6 +46,14 @@ def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
     return (1 + bent / bent[0]) / 2
 
 
+def shifted_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """A grid from 1 to 0, [steps + 1], with t = k u / (1 + (k - 1) u) for even u and k = `shift` (Esser et al. 2024,
+    arXiv 2403.03206, eq. 23): k > 1 makes it denser near the noise, where a larger image needs more steps.
+    """
+    u = uniform_grid(steps)
+    return shift * u / (1 + (shift - 1) * u)
+
+
 # --- windows: `borders` are [K + 1], from 1 to 0, like `uniform_grid(K)`; window k lies between borders k and k + 1 ---
 
 

@@ -1,7 +1,7 @@
 """Builds networks with fresh weights from a spec. The same spec and seed always give bitwise the same weights."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,13 +10,16 @@ from torch import nn
 
 from distill.core.errors import InputError
 from distill.core.space import human
-from distill.flow.draws import key
+from distill.flow.draws import key, sample_noise
 from distill.networks.acceleration_mlp import AccelerationMLP
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
 from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.policies import outputs_of
+from distill.networks.policy_mlp import PolicyMLP
+from distill.networks.policy_unet import PolicyUNet2DModel
 from distill.networks.two_times import ToData, TwoNetworks, TwoTimes
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
@@ -26,7 +29,7 @@ from distill.spec.model import MlpSpec, NetworkSpec, UNetSpec
 
 NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
     "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityEdmUNet2DModel, VelocityMLP),
-    "flow_map": (FlowMapUNet2DModel, FlowMapEdmUNet2DModel, FlowMapMLP),
+    "flow_map": (FlowMapUNet2DModel, FlowMapEdmUNet2DModel, FlowMapMLP, PolicyUNet2DModel, PolicyMLP),
     "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
 }
 
@@ -97,6 +100,45 @@ def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
         beside["acceleration.conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
     grown.load_state_dict({**weights, **beside})
     return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def with_outputs(
+    network: ModelMixin, policy: str, count: int, grid: Sequence[float] | None, spread: float, seed: int
+) -> ModelMixin:
+    """Makes a policy from a velocity network of the linear path: each output of its last layer equals the velocity.
+
+    policy, count, grid: see `networks.policies`. spread: standard deviation of the noise that is added to the last
+    layer of each output, relative to that of its weights; it depends on `seed`.
+    """
+    if isinstance(network, VelocityEdmUNet2DModel):
+        raise InputError("a network of EDM cannot get several outputs; use a recipe with another kind of student")
+    outputs, config = outputs_of(policy, count), {"policy": policy, "grid": None if grid is None else [*grid]}
+    with drawn(seed, "outputs"):  # all random weights are replaced below
+        if isinstance(network, VelocityMLP):
+            last = f"layers.{len(network.layers) - 1}"
+            grown: ModelMixin = PolicyMLP.from_config(network.config, outputs=outputs, **config)
+        else:
+            last, wide = "conv_out", outputs * network.config.in_channels
+            own = {} if isinstance(network, VelocityUNet2DModel) else {"path": "linear", "prediction": "velocity"}
+            grown = PolicyUNet2DModel.from_config(network.config, out_channels=wide, **own, **config)
+        weights = dict(network.state_dict())
+        for name in (f"{last}.weight", f"{last}.bias"):
+            repeated = weights[name].repeat(outputs, *[1] * (weights[name].ndim - 1))
+            noise = sample_noise(key(seed, "outputs", name), range(len(repeated)), repeated.shape[1:]).to(repeated)
+            weights[name] = repeated + spread * weights[f"{last}.weight"].std() * noise if spread else repeated
+    grown.load_state_dict(weights)
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def policy_of(network: nn.Module) -> tuple[str, int, list[float] | None] | None:
+    """(policy, number of outputs, grid) of a network with several outputs; None for others."""
+    match network:
+        case PolicyMLP(config=config):
+            return config.policy, config.outputs, config.grid
+        case PolicyUNet2DModel(config=config):
+            return config.policy, config.out_channels // config.in_channels, config.grid
+        case _:
+            return None
 
 
 def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -> ModelMixin:

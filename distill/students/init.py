@@ -1,6 +1,6 @@
 """The networks that a recipe starts from: copies of a teacher or student, or newly initialised ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,20 @@ from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
-from distill.networks.architectures import EDM, NETWORKS, accelerated, build, kind_of, two_times
+from distill.networks.architectures import (
+    EDM,
+    NETWORKS,
+    accelerated,
+    build,
+    kind_of,
+    policy_of,
+    two_times,
+    with_outputs,
+)
 from distill.networks.critic import Critic
 from distill.networks.flow_map import FlowMapStudent
+from distill.networks.policies import outputs_of
+from distill.networks.policy import PolicyStudent
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.networks.velocity_unet import VelocityUNet2DModel
@@ -128,6 +139,23 @@ class StudentInit:
         if native.is_native(network):
             return native.flow_map(network, self._call(), self.seed, to_data)
         return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
+
+    def policy(self, policy: str, count: int, grid: Sequence[float] | None = None, spread: float = 0.0) -> nn.Module:
+        """A trainable PolicyStudent on the linear path: a copy of the source if that is one with the same outputs.
+
+        Otherwise each of its outputs starts as the velocity of `velocity_field`, but for noise; see `with_outputs`.
+        """
+        network = self._network("flow map with several outputs", "flow_map")
+        if native.is_native(network):
+            raise InputError(native.ONE_OUTPUT)
+        if kind_of(network) != "flow_map":
+            network = with_outputs(network, policy, count, grid, spread, self.seed)
+        if policy_of(network) != (policy, outputs_of(policy, count), None if grid is None else [*grid]):
+            raise InputError(
+                "the source is a flow map without the outputs that this recipe trains; start from a student of this "
+                "recipe with the same options, from a velocity field, or from the teacher"
+            )
+        return PolicyStudent(network, policy=policy, grid=None if grid is None else torch.tensor(grid).double())
 
     def acceleration(self) -> nn.Module:
         """A trainable AccelerationStudent: a copy of the source if that is of this kind.

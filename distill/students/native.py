@@ -31,6 +31,10 @@ from distill.teachers.convention import Convention
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, InDtype, LinearCall, NetworkField, linear_call
 
+ONE_OUTPUT = (
+    "this recipe trains a network with several outputs, which networks of latent-space pipelines cannot get yet; use "
+    "another recipe, such as shortcut/progressive, or a new `network`"
+)
 NativeStudent = VelocityStudent | FlowMapStudent | AccelerationStudent
 WRAPPERS = TwoTimes | ToData | TwoNetworks  # what is made from a network of a latent-space pipeline here
 FIRST, SECOND = "transformer", "transformer_2"  # attributes of Experts

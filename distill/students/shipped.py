@@ -25,6 +25,8 @@ NETWORKS = {
     "FlowMapMLP": "flow_map_mlp",
     "FlowMapUNet2DModel": "flow_map_unet",
     "FlowMapEdmUNet2DModel": "flow_map_edm",
+    "PolicyMLP": "policy_mlp",
+    "PolicyUNet2DModel": "policy_unet",
     "AccelerationMLP": "acceleration_mlp",
     "AccelerationUNet2DModel": "acceleration_unet",
 }

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
 from distill.core.text import printable
+from distill.spec.samplingspec import is_path
 
 Config = dict[str, Any]  # parsed JSON
 
@@ -37,6 +38,12 @@ def _table(values: list[float]) -> list[float]:
     falls = all(before > after for before, after in pairwise(values))
     if len(values) < 2 or not falls or values[0] >= 1 or values[-1] < 0:
         raise PydanticCustomError("table", "2 numbers or more, decreasing from below 1 to 0 or above")
+    return values
+
+
+def _times(values: list[float]) -> list[float]:
+    if len(values) < 2 or not is_path(values):
+        raise PydanticCustomError("times", "2 times or more, decreasing from 1 to 0")
     return values
 
 
@@ -82,6 +89,23 @@ class NetworkConfig(Read):
     width: Size = 1
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
     frequencies: Size = 16
+    outputs: Size = 1
+    policy: Literal["", "steps", "data", "gaussian"] = ""
+    grid: Annotated[list[float], Field(max_length=1025), AfterValidator(_times)] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_outputs(self) -> Self:
+        outputs = self.outputs if self.dim is not None else self.out_channels // self.in_channels
+        valid = {"steps": outputs == len(self.grid or []) - 1, "data": self.grid is None, "": self.grid is None}
+        if not valid.get(self.policy, self.grid is None and outputs > 1 and outputs % 2 == 1):
+            told = {"outputs": outputs, "policy": self.policy or "none", "times": len(self.grid or [])}
+            raise PydanticCustomError(
+                "outputs",
+                "policy={policy} with {outputs} outputs and a grid of {times} times; valid: steps with one time more "
+                "than outputs; gaussian with an odd number of outputs, or data, without times",
+                told,
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.networks.acceleration_mlp import AccelerationMLP
 from distill.networks.flow_map_mlp import FlowMapMLP
+from distill.networks.policy_mlp import PolicyMLP
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.protocols import Cond, Conditioning
 from distill.teachers.architectures.unet import class_labels
@@ -21,7 +22,7 @@ from distill.teachers.read import NetworkConfig, checked
 class Mlp:
     """Networks for vectors, with or without class labels. Implements `protocols.Architecture`."""
 
-    classes: tuple[type[nn.Module], ...] = (VelocityMLP, FlowMapMLP, AccelerationMLP)
+    classes: tuple[type[nn.Module], ...] = (VelocityMLP, FlowMapMLP, PolicyMLP, AccelerationMLP)
     title: str = "students for vectors"
     pipelines: tuple[str, ...] = ()
     prediction: str = "velocity"

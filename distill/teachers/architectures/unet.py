@@ -12,6 +12,7 @@ from distill.core.errors import InputError
 from distill.flow.conditioning import of_classes
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.policy_unet import PolicyUNet2DModel
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Cond, Conditioning
 from distill.teachers.network_field import call_unet
@@ -26,6 +27,7 @@ class UNet:
         UNet2DModel,
         VelocityUNet2DModel,
         FlowMapUNet2DModel,
+        PolicyUNet2DModel,
         AccelerationUNet2DModel,
     )
     title: str = "U-Nets of images (DDPM) or their latents (LDM)"
@@ -48,10 +50,16 @@ class UNet:
         if config.time_embedding_type == "learned":
             raise InputError(f"{path}: time_embedding_type learned supports only integer timesteps; valid: positional")
         size = config.sample_size
-        if size is None or config.in_channels != config.out_channels:
+        fits = (
+            config.out_channels % config.in_channels == 0
+            if config.policy
+            else config.out_channels == config.in_channels
+        )
+        if size is None or not fits:
             raise InputError(
                 f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
-                "sample_size must be set, and in_channels and out_channels must be equal"
+                "sample_size must be set, and in_channels and out_channels must be equal (out_channels a multiple, if "
+                "there is a policy)"
             )
         return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
 

@@ -1,0 +1,56 @@
+"""An MLP with several outputs: a policy over vectors, which is a flow map of the linear path.
+
+This file is shipped inside student folders: it imports torch and diffusers only.
+"""
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from .policies import average_velocity
+from .velocity_mlp import VelocityMLP
+
+
+class PolicyMLP(VelocityMLP):
+    """A VelocityMLP with `outputs` outputs, of which a policy makes velocities; see `average_velocity`.
+
+    policy: steps, data or gaussian. grid: its times, of steps.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int,
+        outputs: int,
+        policy: str,
+        grid: list[float] | None = None,
+        width: int = 192,
+        depth: int = 3,
+        num_class_embeds: int | None = None,
+        frequencies: int = 16,
+    ) -> None:
+        super().__init__(dim=dim, width=width, depth=depth, num_class_embeds=num_class_embeds, frequencies=frequencies)
+        self.layers[-1] = nn.Linear(width, outputs * dim)
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        target_timestep: Tensor | float | int | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """sample [B, dim], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity [B, dim].
+
+        If target_timestep is None: -> outputs [B, M, dim].
+        """
+        result = self.layers(self.inputs(sample, timestep, class_labels)).unflatten(1, (-1, self.config.dim))
+        if target_timestep is not None:
+            t, s = (
+                torch.as_tensor(each, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
+                for each in (timestep, target_timestep)
+            )
+            grid = torch.tensor(self.config.grid or [], dtype=torch.float64, device="cpu")
+            result = average_velocity(self.config.policy, grid, result.to(sample.dtype), sample, t, s)
+        return UNet2DOutput(sample=result) if return_dict else (result,)
