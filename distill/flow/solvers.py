@@ -160,10 +160,12 @@ def invert(field: VelocityField, data: Tensor, cond: Cond, *, solver: str, steps
 
 
 def step(
-    field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"]
+    field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "midpoint", "heun"]
 ) -> Tensor:
     """Makes one solver step per sample, from its own time t to its own time s <= t, both [B]. Returns x_s [B, ...]."""
     gap, v = like(s - t, x_t), field(x_t, t, cond)
+    if solver == "midpoint":
+        return x_t + gap * field(x_t + gap / 2 * v, (t + s) / 2, cond)
     x_s = x_t + gap * v
     return x_s if solver == "euler" else x_t + gap * (v + field(x_s, s, cond)) / 2
 

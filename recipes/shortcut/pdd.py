@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill.flow import distances
+from distill.flow import distances, solvers
 from distill.flow.interpolants import like
 from distill.flow.times import one_of, shifted_grid
 from distill.flow.waiting import on
@@ -31,7 +31,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     intervals: Annotated[int, Field(gt=0, le=1024)] = 32
-    """number of intervals of the fine grid, N; the student is as accurate as the teacher in N steps"""
+    """number of intervals of the fine grid, N"""
     shortest: Annotated[int, Field(gt=0, le=1024)] = 8
     """fewest intervals of a step of the student; it is made for up to intervals / shortest steps"""
     longest: Annotated[int, Field(gt=0, le=1024)] | None = None
@@ -42,6 +42,8 @@ class Config(BaseModel):
     """step of the teacher over one interval; midpoint takes two calls"""
     states: Literal["student", "data"] = "student"
     """where steps begin: where the student's own steps lead from noise, or at noised data"""
+    asked: Annotated[int, Field(gt=0, le=1024)] = 1
+    """intervals that each sample learns in a training step; more need more calls of the teacher only"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
 
@@ -94,25 +96,23 @@ class Recipe:
         else:
             x_n, n = self.own_state(student, noise, grid, cond, ctx)
         t_n, within = grid[n].float(), (c.intervals - n).clamp(max=c.longest or c.intervals)
-        k = n + (ctx.draw.uniform("k", noise) * within).long()  # [B], of n, ..., n + within - 1
-        outputs = student(x_n, t_n, None, cond)  # [B, N, ...]
-        t, s = grid[k].float(), grid[k + 1].float()
-        with torch.no_grad():
-            x_k = x_n + like(t - t_n, x_n) * student.average(outputs, x_n, t_n, t)
-            v = self.teacher(x_k, t, cond)
-            if c.solver == "midpoint":
-                v = self.teacher(x_k + like((s - t) / 2, x_n) * v, (t + s) / 2, cond)
-        return Loss(distances.mse(outputs[torch.arange(len(k), device=k.device), k], v).mean())
+        outputs, rows, total = student(x_n, t_n, None, cond), torch.arange(len(n), device=n.device), 0 * t_n
+        for i in range(c.asked):
+            k = ((ctx.draw.uniform(f"k{i}", noise) + i) / c.asked * within).long()
+            k = n + torch.minimum(k, within - 1)  # [B]; before, rounding can give `within`
+            t, s = grid[k].float(), grid[k + 1].float()
+            with torch.no_grad():
+                x_k = x_n + like(t - t_n, x_n) * student.average(outputs, x_n, t_n, t)
+                v = (solvers.step(self.teacher, x_k, t, s, cond, c.solver) - x_k) / like(s - t, x_k)
+            total = total + distances.mse(outputs[rows, k], v)
+        return Loss((total / c.asked).mean())
 
     @torch.no_grad()
-    def own_state(
-        self, student: nn.Module, noise: Tensor, grid: Tensor, cond: Cond, ctx: Context
-    ) -> tuple[Tensor, Tensor]:
-        """States x_n [B, ...] to which steps of the student lead from noise, and n [B], multiples of `shortest`."""
-        c, x, blocks = self.config, noise, self.config.intervals // self.config.shortest
+    def own_state(self, student: nn.Module, x: Tensor, grid: Tensor, cond: Cond, ctx: Context) -> tuple[Tensor, Tensor]:
+        """States x_n [B, ...] to which steps of the student lead from noise x, and n [B]."""
+        c, blocks = self.config, self.config.intervals // self.config.shortest
         n = torch.zeros(len(x), dtype=torch.int64, device=x.device)  # in units of `shortest`
-        steps = ctx.draw.integer("steps", max(c.lengths()))  # before x_n; a student's last step begins after most - 1
-        for i in range(steps):
+        for i in range(steps := ctx.draw.integer("steps", max(c.lengths()))):
             most = (blocks - n - (steps - i)).clamp(max=(c.longest or c.intervals) // c.shortest)
             m = n + 1 + (ctx.draw.uniform(f"length{i}", x) * most).long()
             t, s = grid[n * c.shortest].float(), grid[m * c.shortest].float()
