@@ -41,6 +41,7 @@ RECIPES = {
     "shortcut/shortcut": ({}, {}),
     "shortcut/meanflow": ({}, {}),
     "shortcut/flow_map": ({"law": "progressive"}, {}),
+    "shortcut/soflow": ({}, {}),
     "shortcut/cmt": ({}, {"pairs": "halves"}),
     "shortcut/progressive": ({}, {}),
     "score/dmd2": ({}, {}),

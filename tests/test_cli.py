@@ -184,6 +184,7 @@ def test_recipes(capfd):
         "shortcut/pi_flow": ["data", "teacher"],
         "shortcut/progressive": ["data", "teacher"],
         "shortcut/shortcut": ["data", "teacher"],
+        "shortcut/soflow": ["data", "pairs", "teacher"],
     }
     assert "arXiv 2209.03003, Alg. 1" in command(capfd, "recipes").out
     one = json.loads(command(capfd, "recipes", "reflow/reflow", "--json").out)

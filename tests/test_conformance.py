@@ -80,6 +80,8 @@ OTHER_OPTIONS = [
     ("shortcut/meanflow", {"velocity": "data", "tangent": "predicted"}),
     ("shortcut/meanflow", {"velocity": "pairs"}),
     ("consistency/scm", {"velocity": "pairs"}),
+    ("shortcut/soflow", {"velocity": "data", "to_data": 0.5, "first_step": 1.0, "power": 0.5}),
+    ("shortcut/soflow", {"velocity": "pairs", "diagonal": 0.5}),
     ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),
     ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
     ("score/dmd2", {"gan_weight": 0.0}),

@@ -14,6 +14,7 @@ from distill.protocols import Cond
 
 AverageVelocityCall = Callable[[Tensor, Tensor, Tensor, Cond], Tensor]
 VelocityCall = Callable[[Tensor, Tensor, Cond], Tensor]
+SHORTEST = 1e-4  # step of times in float32, of which a difference is still accurate
 
 
 def lagrangian(
@@ -35,6 +36,30 @@ def eulerian(
     direction = (v, torch.ones_like(t), torch.zeros_like(s))
     slope = autodiff.jvp(lambda x, t, s: u(x, t, s, cond), (x, t, s), direction, gradient=gradient)
     return v - like(t - s, x) * slope
+
+
+@torch.no_grad()
+def stepwise(
+    u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: Cond, v: Tensor, r: float | Tensor
+) -> Tensor:
+    """The eulerian law with a difference for the derivative: v - (m - s)/(t - m) (u(x, t, s) - u(x_m, m, s)).
+
+    A step of the velocity v [B, ...] leads from x to x_m = x - (t - m) v at m = t - r (t - s). The law holds up to an
+    error of order r, a number in (0, 1]. It is v for r = 1, and for s = t.
+
+    A difference over a short step needs precision: t - m is at least 1e-4, and the two calls are in float32 also under
+    autocast, with the same dropout.
+    """
+    step = torch.minimum((r * (t - s)).clamp(min=SHORTEST), t - s)
+    m = torch.maximum(t - step, s)
+    step = t - m  # as rounded
+    devices = [x.device] if x.is_cuda else []
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.random.fork_rng(devices=devices):
+            here = u(x, t, s, cond)
+        there = u(x - like(step, x).to(x.dtype) * v, m, s, cond)
+    factor = (m - s) / step.clamp(min=SHORTEST / 2)
+    return v - like(factor, x) * (here - there)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Options of recipes that differentiate a flow map along the paths of a teacher, or of data."""
+"""Options of recipes that move along the paths of a teacher, or of data, and differentiate a flow map along them."""
 
 from contextlib import nullcontext
 from typing import Annotated, Literal, Self
@@ -11,11 +11,11 @@ from distill.core.errors import InputError
 from distill.flow import autodiff
 from distill.flow.interpolants import like
 from distill.flow.smooth_times import smooth_times, time_embeddings
-from distill.protocols import Batch, Cond, Draw
+from distill.protocols import Batch, Cond, Draw, Teacher, VelocityField
 
 
-class SlopeOptions(BaseModel):
-    """The options of a recipe that differentiates its student along a velocity."""
+class PathOptions(BaseModel):
+    """The options of a recipe that moves along the paths of a teacher, or of data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -24,6 +24,37 @@ class SlopeOptions(BaseModel):
     teacher's pairs (pairs), which are those of a rectified flow after reflow"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
+
+    @model_validator(mode="after")
+    def _path_has_effect(self) -> Self:
+        if self.velocity != "teacher" and self.guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale has no effect with velocity: {self.velocity}; remove it, or use velocity: teacher"
+            )
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(
+            {"teacher": {"teacher", "data"}, "data": {"data"}, "pairs": {"teacher", "pairs"}}[self.velocity]
+        )
+
+    def guide(self, teacher: Teacher | None) -> VelocityField | None:
+        """The guided teacher; None if the velocity is not that of a teacher."""
+        return teacher.guided(self.guidance_scale) if self.velocity == "teacher" and teacher is not None else None
+
+    def ends(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Data and noise between which the paths are, both [B, ...]."""
+        if self.velocity == "pairs":
+            assert batch.pairs is not None
+            return batch.pairs.data, batch.pairs.noise
+        assert batch.data is not None
+        return batch.data, draw.normal("noise", batch.data)
+
+
+class SlopeOptions(PathOptions):
+    """The options of a recipe that differentiates its student along a velocity."""
+
     derivative: Literal["forward", "smooth", "central"] = "forward"
     """forward: exact; smooth: exact but for the network's embedding of t, which is differentiated without its ripple;
     central: finite differences, for networks without forward-mode derivatives"""
@@ -32,10 +63,6 @@ class SlopeOptions(BaseModel):
 
     @model_validator(mode="after")
     def _slope_has_effect(self) -> Self:
-        if self.velocity != "teacher" and self.guidance_scale != 1:
-            raise ValueError(
-                f"guidance_scale has no effect with velocity: {self.velocity}; remove it, or use velocity: teacher"
-            )
         if self.derivative != "central" and self.h is not None:
             raise ValueError(
                 f"h has no effect with derivative: {self.derivative}; remove it, or use derivative: central"
@@ -44,8 +71,7 @@ class SlopeOptions(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        needs = {"teacher": {"teacher", "data"}, "data": {"data"}, "pairs": {"teacher", "pairs"}}[self.velocity]
-        return frozenset(needs | ({"jvp"} if self.derivative != "central" else set()))
+        return super().needs | ({"jvp"} if self.derivative != "central" else frozenset())
 
     def checked(self, flow_map: nn.Module) -> nn.Module:
         """The network. InputError if `derivative: smooth` cannot differentiate it."""
@@ -55,14 +81,6 @@ class SlopeOptions(BaseModel):
                 "diffusers does; use derivative: forward"
             )
         return flow_map
-
-    def ends(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-        """Data and noise between which the paths are, both [B, ...]."""
-        if self.velocity == "pairs":
-            assert batch.pairs is not None
-            return batch.pairs.data, batch.pairs.noise
-        assert batch.data is not None
-        return batch.data, draw.normal("noise", batch.data)
 
     def slope(self, flow_map: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """Du: the derivative of u(x_t, t, s, cond) along (v, 1, 0) at times s < t [B], in the shape of x_t.

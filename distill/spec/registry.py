@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
@@ -255,8 +255,8 @@ def describe(name: str, base: Path) -> Description:
     bodies = [*(_body_of_base(base, path.parent) for base in bases), config.body if config is not None else []]
     options = {option.name: option for body in bodies for option in _options(body)}
     functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
-    needs = next((node for node in reversed(functions) if node.name == "needs"), None)  # that of the class comes last
-    return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
+    needs = _needs([node for node in functions if node.name == "needs"])
+    return Description(name, paper.split("\n")[0], paper, needs, list(options.values()), _costs().get(name))
 
 
 def _costs() -> dict[str, float]:
@@ -293,24 +293,36 @@ def _entry_points_on(path: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _needs(needs: ast.FunctionDef | None) -> list[str]:
-    """The needs that a `needs` property may return."""
-    constants = [node for node in ast.walk(needs) if isinstance(node, ast.Constant)] if needs else []
-    return [need for need in NEEDS if need in [constant.value for constant in constants]]
+def _needs(properties: Sequence[ast.FunctionDef]) -> list[str]:
+    """What the last of these `needs` properties may return. One that calls super() adds to those before it."""
+    found: set[object] = set()
+    for each in reversed(properties):
+        nodes = list(ast.walk(each))
+        found |= {node.value for node in nodes if isinstance(node, ast.Constant)}
+        if not any(isinstance(node, ast.Name) and node.id == "super" for node in nodes):
+            break
+    return [need for need in NEEDS if need in found]
 
 
 def _body_of_base(base: ast.expr, family: Path) -> list[ast.stmt]:
-    """The body of a class that a Config inherits from, `base`, written module.Class.
+    """The body of a class that a Config inherits from, `base`, written module.Class, after those of its own bases.
 
-    The module is in distill.flow or in the recipe's folder.
+    The module is in distill.flow or in the recipe's folder. Its own bases are found if they are in the same module.
     """
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return []
     shared = base.value.id.startswith("_")
     path = (family if shared else Path(__file__).parents[1] / "flow") / f"{base.value.id}.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
-    return [statement for node in classes for statement in node.body]
+    return _body({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}, base.attr)
+
+
+def _body(classes: Mapping[str, ast.ClassDef], name: str) -> list[ast.stmt]:
+    """The statements of a class, after those of its bases. Classes that are not among `classes` have none."""
+    if name not in classes:
+        return []
+    bases = [base.id for base in classes[name].bases if isinstance(base, ast.Name)]
+    return [statement for base in bases for statement in _body(classes, base)] + classes[name].body
 
 
 def _options(body: Sequence[ast.stmt]) -> list[Option]:

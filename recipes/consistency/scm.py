@@ -60,8 +60,7 @@ class Recipe:
     sampler = "renoise"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        guided = teacher is not None and config.velocity == "teacher"
-        self.config, self.teacher = config, teacher.guided(config.guidance_scale) if teacher and guided else None
+        self.config, self.teacher = config, config.guide(teacher)
 
     def networks(self, init: Init) -> dict[str, Role]:
         student = Trained(self.config.checked(init.flow_map(to_data=self.config.anchor is None)))

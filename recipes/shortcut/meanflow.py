@@ -63,10 +63,7 @@ class Recipe:
     sampler = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        self.config = config
-        self.teacher = None
-        if config.velocity == "teacher" and teacher is not None:
-            self.teacher = teacher.guided(config.guidance_scale)
+        self.config, self.teacher = config, config.guide(teacher)
         self.law = times.uniform if config.time_law == "uniform" else times.law("logit_normal", config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
