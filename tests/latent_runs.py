@@ -42,6 +42,7 @@ RECIPES = {
     "shortcut/meanflow": ({}, {}),
     "shortcut/flow_map": ({"law": "progressive"}, {}),
     "shortcut/soflow": ({}, {}),
+    "shortcut/alphaflow": ({}, {}),
     "shortcut/cmt": ({}, {"pairs": "halves"}),
     "shortcut/progressive": ({}, {}),
     "score/dmd2": ({}, {}),

@@ -177,6 +177,7 @@ def test_recipes(capfd):
         "reflow/simple_reflow": ["data", "pairs", "teacher"],
         "reflow/slimflow": ["pairs", "teacher", "weights"],
         "score/dmd2": ["data", "teacher"],
+        "shortcut/alphaflow": ["data", "pairs", "teacher", "jvp"],
         "shortcut/cmt": ["pairs", "states", "teacher"],
         "shortcut/flow_map": ["data", "teacher", "jvp"],
         "shortcut/meanflow": ["data", "pairs", "teacher", "jvp"],

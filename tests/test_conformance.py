@@ -80,6 +80,8 @@ OTHER_OPTIONS = [
     ("shortcut/meanflow", {"velocity": "data", "tangent": "predicted"}),
     ("shortcut/meanflow", {"velocity": "pairs"}),
     ("consistency/scm", {"velocity": "pairs"}),
+    ("shortcut/alphaflow", {"velocity": "data", "window_end": 0.1, "derivative": "central", "h": 0.1, "clip": 1.0}),
+    ("shortcut/alphaflow", {"velocity": "pairs", "window_start": 0.5}),
     ("shortcut/soflow", {"velocity": "data", "to_data": 0.5, "first_step": 1.0, "power": 0.5}),
     ("shortcut/soflow", {"velocity": "pairs", "diagonal": 0.5}),
     ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),

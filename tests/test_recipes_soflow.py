@@ -1,4 +1,4 @@
-"""Recipe soflow at its exact solution (sheet pretrain-tune 2.7): jumps that start a step later end at the same point."""
+"""Recipe soflow at its exact solution (sheet pretrain-tune 2.7): jumps that start later end at the same point."""
 
 import math
 
