@@ -381,6 +381,11 @@ class Gridded(Protocol):
 
 @runtime_checkable
 class ForSteps(Protocol):
-    """A recipe that trains its student for one number of steps, although it can be sampled in others."""
+    """A recipe that trains its student for certain numbers of steps, although it can be sampled in others.
 
-    trained_steps: int
+    `trained_steps`: a number, several, or None if its options aim at none in particular. With `t_grids`, they must be
+    among its numbers of steps. It is known once the recipe is made.
+    """
+
+    @property
+    def trained_steps(self) -> int | Sequence[int] | None: ...

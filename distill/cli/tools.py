@@ -12,8 +12,8 @@ from distill.cli.schedule import fitted_solver, refuse_schedule, schedule_along
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
-from distill.core.printing import say, say_table
-from distill.exchange import student_card
+from distill.core.printing import say, say_error, say_table
+from distill.exchange import step_numbers, student_card
 from distill.runs.run_store import find_run
 from distill.spec.kinds import FITTED
 from distill.spec.model import TeacherSpec
@@ -29,7 +29,7 @@ def sample(
     out: Annotated[Path, typer.Option("--out", help="Output file: .png for a picture, .safetensors for the tensors.")],
     steps: Annotated[
         int | None,
-        typer.Option(help="Number of steps; by default the fewest that the student supports.", min=1, max=MAX_STEPS),
+        typer.Option(help="Number of steps; by default the fewest that the student is made for.", min=1, max=MAX_STEPS),
     ] = None,
     schedule: Annotated[
         str,
@@ -91,6 +91,8 @@ def sample(
         along=schedule_along(schedule, along, steps, runs, place),
         fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
     )  # fmt: skip
+    if said := step_numbers.untrained(card, [steps]):
+        say_error(f"warning: {said}")
     made, steps_made = (f"{n} {what}{'s' if n > 1 else ''}" for n, what in ((count, "sample"), (steps, "step")))
     say(f"wrote {near(out.absolute())}: {made} at {steps_made}, seed {seed}")
 
@@ -103,7 +105,7 @@ def evaluate(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data: digits, mnist, or YAML; by default the run's.")] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all that it supports.")
+        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or those that it is made for.")
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Numbers of Euler steps of the teacher.")] = "1,2,4,8,16",
     baselines: Annotated[
@@ -151,7 +153,7 @@ def evaluate(
     runs, texts = store_path(store), prompt_options.given(prompt, prompts)
     folder = arguments.student(student, runs)
     card = student_card.read(folder)
-    counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
+    counts = arguments.steps("--steps", steps) if steps is not None else step_numbers.to_measure(card)
     named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
     size = {**(LATENTS if card.is_native else {"samples": 2500}), **({} if samples is None else {"samples": samples})}
     functions = [] if metrics is None else [each.strip() for each in metrics.split(",")]
@@ -197,6 +199,8 @@ def evaluate(
             seed=seed, device=place, progress=progress, stop=stop, store=runs, prompts=texts or None,
         )  # fmt: skip
     assert found is not None, "this process is alone"
+    if said := step_numbers.untrained(card, counts):
+        say_error(f"warning: {said}")
     if json:
         print_json(found.model_dump(mode="json"))
     else:

@@ -19,7 +19,7 @@ from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import fitted, loaded
 from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
-from distill.students.sampling import fresh_noises, of_student, times_of
+from distill.students.sampling import fresh_noises, of_student, refuse_steps, times_of
 from distill.teachers import encoding
 from distill.teachers.architectures import known
 from distill.teachers.convention import Convention
@@ -56,7 +56,10 @@ def write_samples(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (tensors)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    like = in_size_of(student_card.read(folder).shape, like)
+    card = student_card.read(folder)
+    if along is None and fit is None:
+        refuse_steps(card.t_grids, [steps], "--steps")
+    like = in_size_of(card.shape, like)
     with with_prompts(like, prompts, like, device) as given:
         refuse_without_prompts(folder, given)
         student = loaded.load_student(folder, device, given)

@@ -20,7 +20,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
-from distill.exchange import lora_use, measured
+from distill.exchange import lora_use, measured, step_numbers
 from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.spec.model import is_path
 
@@ -31,8 +31,6 @@ ADDED |= {"is_distilled", "nfe", "pipeline", "size", "dtype", "embedded_guidance
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
-LISTED = 10  # numbers of steps that a model card lists
-FEW = (1, 2, 4)  # steps that students are made for if any number is possible
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 StepsKey = Annotated[int, Field(ge=1, le=2**31 - 1)]  # not strict, since it is a key, which is text in JSON
@@ -110,8 +108,9 @@ class StudentCard(FrozenModel):
     """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
     table_times: StrictBool = False
     """whether step i of N begins at n = T - 1 - floor(i T / N) of the T steps of its scheduler, if t_grids is empty"""
-    trained_steps: Length | None = None
-    """number of steps that it was trained for, if its recipe trains for one; others are possible"""
+    trained_steps: step_numbers.TrainedSteps | None = None
+    """number of steps that it was trained for, or several, if its recipe trains for certain ones; others are possible,
+    unless t_grids has no times for them"""
     fitted: Annotated[dict[StepsKey, Annotated[list[list[Number]], Field(max_length=64)]], Field(max_length=64)] = {}
     """of a fitted sampler: number of steps N -> its N rows of weights; row i: a_i, b_i0, ..., b_ii"""
     network: Annotated[str, Field(pattern="^[A-Za-z0-9_]{0,100}$")] = ""
@@ -173,6 +172,7 @@ class StudentCard(FrozenModel):
                 raise ValueError(
                     f"t_grids: {steps} steps need {steps + 1} times that decrease from 1 to 0, got {times}"
                 )
+        step_numbers.refuse_trained(self.trained_for, self.t_grids)
         if SAMPLERS[self.sampler].is_fitted != bool(self.fitted) or (self.fitted and {*self.fitted} != {*self.t_grids}):
             raise ValueError("fitted: the sampler bns needs weights for each number of steps in t_grids, others none")
         for steps, rows in self.fitted.items():
@@ -185,12 +185,18 @@ class StudentCard(FrozenModel):
         return bool(self.network)
 
     @property
+    def trained_for(self) -> list[int]:
+        """The numbers of steps that the student was trained for; empty if its training aims at none in particular."""
+        return step_numbers.listed(self.trained_steps)
+
+    @property
     def made_for(self) -> list[int]:
         """The numbers of steps that the student is made for; of any number that its pipeline supports: 1, 2 and 4."""
-        if self.t_grids or self.trained_steps:
-            return sorted(self.t_grids) or [self.trained_steps or 1]
+        if self.t_grids or self.trained_for:
+            return self.trained_for or sorted(self.t_grids)
         supported = None if self.stock is None or self.stock.reason else self.stock.steps
-        return [steps for steps in FEW if supported is None or steps in supported] or list(supported or [])[:1]
+        few = [steps for steps in step_numbers.FEW if supported is None or steps in supported]
+        return few or list(supported or [])[:1]
 
     @property
     def fewest_steps(self) -> int:
@@ -365,31 +371,15 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         more_calls=network_calls(card.sampler, 1) - 1,
         head=_head(card),
         steps=card.fewest_steps,
-        supported=_supported(card),
-        call_steps=_call_steps(card),
+        trained=step_numbers.in_words(card.trained_for) if card.trained_for else "",
+        supported=step_numbers.supported(card),
+        call_steps=step_numbers.of_call(card),
         code=[name for name in card.files if name.endswith(".py")],
         lora_calls=lora_use.calls(card.files, card.component, "path/to/this/folder"),
         vector=len(card.shape) == 1,
         measured=measured.of(card.metrics, card.sampler),
         published=published,
     )
-
-
-def _supported(card: StudentCard) -> str:
-    """The numbers of steps for which the pipeline of the student's class samples it as distill does, in words."""
-    supported = None if card.stock is None else card.stock.steps
-    if supported is None:
-        return ", ".join(map(str, sorted(card.t_grids))) or "any number"
-    few = supported[:LISTED]
-    return ", ".join(map(str, few)) + (", and others" if few != supported else "")
-
-
-def _call_steps(card: StudentCard) -> int:
-    """A number of steps for the example of a call of the pipeline."""
-    supported = None if card.stock is None else card.stock.steps
-    if not supported:
-        return card.fewest_steps
-    return min({*supported} & {*card.made_for} or {supported[0]})
 
 
 def _head(card: StudentCard) -> str:

@@ -152,6 +152,7 @@ def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None)
     times: those of the states of its pairs, if they are the same for all.
     """
     found = sampling.own_grids(recipe, times)
+    sampling.trained_steps(recipe, found)  # raises InputError if they are invalid
     for where, each in ((f"stages.{n}", s) for n, s in spec.stages.items() if isinstance(s, EvaluateStage)):
         sampling.refuse_steps(found, each.students.get(name, []), f"{where}.students.{name}")
         if name in each.times:

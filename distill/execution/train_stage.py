@@ -17,6 +17,7 @@ from distill.core.text import one_line
 from distill.data import DataSet, DataSource
 from distill.data.encoded import codec_of, scaled_for
 from distill.exchange import student_card
+from distill.exchange.step_numbers import compact
 from distill.exchange.student_card import LoraFacts, StudentCard
 from distill.execution import batches, building, devices, preflight, sources
 from distill.execution.work import Work
@@ -24,13 +25,13 @@ from distill.flow.fields import Counted
 from distill.networks.adapters import merged
 from distill.networks.quantised import is_quantised
 from distill.networks.sharing import load_own
-from distill.protocols import Adapter, ForSteps, Recipe, Source, Trained
+from distill.protocols import Adapter, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec import resolved
 from distill.spec.model import CheckpointTeacher, RunSpec, TrainStage
-from distill.students import adapting, loaded
+from distill.students import adapting, loaded, sampling
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
@@ -106,7 +107,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         kind=asked.config.student,
         sampler=recipe.sampler,
         t_grids=t_grids,
-        trained_steps=recipe.trained_steps if isinstance(recipe, ForSteps) and init.is_native else None,
+        trained_steps=compact(sampling.trained_steps(recipe, t_grids)),
         shape=init.shape,
         num_classes=init.num_classes if init.has_classes else None,
         null_class=init.null_class,

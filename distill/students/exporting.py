@@ -58,7 +58,7 @@ def export(
         with new_folder(folder, replace=True) as new:
             if native.is_native(reference.network):
                 assert packaging is not None
-                how = stock.of(reference, card.sampler, card.t_grids, packaging, card.trained_steps)
+                how = stock.of(reference, card.sampler, card.t_grids, packaging, min(card.trained_for, default=None))
                 card = card.model_copy(update={"table_times": not card.t_grids and uses_table(reference, card.sampler)})
             if has_base(reference.network):
                 assert packaging is not None

@@ -131,7 +131,7 @@ def _loaded(student: Path, card: StudentCard, teacher: CheckpointTeacher | None,
         with quiet():
             made.network.gap.to(checkpoint.DTYPES[dtype])
     made.eval().requires_grad_(False)
-    how = stock.of(made, card.sampler, card.t_grids, found.packaging, card.trained_steps)
+    how = stock.of(made, card.sampler, card.t_grids, found.packaging, min(card.trained_for, default=None))
     if teacher is not None and not how.works:
         how = with_code.of(made, card.sampler, card.t_grids, found.packaging)
     return CheckedStudent(made, found, card, how, dtype)

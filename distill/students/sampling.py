@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from distill.core.errors import InputError, RunError
+from distill.exchange import step_numbers
 from distill.flow.dopri5 import solve_adaptive
 from distill.flow.draws import key, sample_labels, sample_noise
 from distill.flow.solvers import grid_of, solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
-from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.protocols import Cond, ForSteps, Gridded, Recipe, VelocityField
 from distill.solvers import find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import SAMPLERS, about_calls, network_calls, per_velocity
@@ -136,6 +137,22 @@ def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[f
     return {steps: list(grid) for steps, grid in given.items()}
 
 
+def trained_steps(recipe: Recipe, t_grids: Mapping[int, Sequence[float]]) -> list[int]:
+    """The numbers of steps for which a recipe trains its student; empty if it aims at none in particular.
+
+    InputError if they are invalid, or if `t_grids` has no times for one.
+    """
+    given = recipe.trained_steps if isinstance(recipe, ForSteps) else None
+    numbers = [] if given is None else [given] if isinstance(given, int) else list(given)
+    if not all(type(each) is int and each > 0 for each in numbers):
+        raise InputError(f"the recipe's trained_steps: {given} given; valid: whole numbers above 0, or None")
+    try:
+        step_numbers.refuse_trained(numbers, t_grids)
+    except ValueError as error:
+        raise InputError(f"the recipe's {error}") from error
+    return numbers
+
+
 def times_of(student: LoadedStudent, steps: int) -> Tensor:
     """The times [steps + 1] of a student: its own, or those for its kind of network. InputError for other `steps`."""
     return grid(student.t_grids, steps) if student.t_grids else usual_grid(student.student, student.sampler, steps)
@@ -183,9 +200,11 @@ def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], w
     """InputError if a student has times of its own, but not for one of the numbers of steps `asked`."""
     wrong = [steps for steps in asked if t_grids and steps not in t_grids]
     if wrong:
-        *others, last = map(str, sorted(t_grids))
-        made = f"{', '.join(others)} and {last} steps" if others else f"{last} step{'s' if last != '1' else ''}"
-        raise InputError(f"{where}: this student supports only {made}, not {wrong[0]}")
+        made = step_numbers.in_words(t_grids)
+        raise InputError(
+            f"{where}: this student supports only {made}, not {wrong[0]}, because it was made for the times of these "
+            "steps alone"
+        )
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Config(slopes.SlopeOptions):
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """fraction of the other samples with s = 0, as in sampling with one step"""
+    """fraction of the other samples with s = 0, as in sampling with one step; 1: sampling adds fresh noise"""
     mu: float = -0.4
     """mean of logit(t) and logit(s); the larger of the two times is t"""
     sigma: PositiveFloat = 1.0
@@ -67,10 +67,11 @@ class Config(slopes.SlopeOptions):
 
 
 class Recipe:
-    sampler = "jump"
+    sampler: str = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.teacher = config, config.guide(teacher)
+        self.sampler = "renoise" if config.to_data == 1 else "jump"
 
     def networks(self, init: Init) -> dict[str, Role]:
         return {"student": Trained(self.config.checked(init.flow_map()))}

@@ -3,7 +3,7 @@
 From a state at t_i to a later one at t_j < t_i, the average velocity is u(x_i, t_i, t_j) = (x_i - x_j)/(t_i - t_j). No
 target comes from the student itself, and no derivative is needed, so it learns fast, as far as the solver of the paths
 is right. It is meant as the first stage of another: `init` of consistency, scm, meanflow or flow_map starts from it.
-With `to_data: 1`, all jumps end at the data, which is what consistency models learn.
+With `to_data: 1`, all jumps end at the data, which is what consistency models learn; it is then sampled as these are.
 
 Deviations: paths begin with noise at t = 1; the authors' begin with noised data. The distance is squared, where they
 use LPIPS. That a jump may end at any state is unverified.
@@ -38,10 +38,10 @@ class Config(BaseModel):
 
 
 class Recipe:
-    sampler = "jump"
+    sampler: str = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        self.config = config
+        self.config, self.sampler = config, "renoise" if config.to_data == 1 else "jump"
 
     def networks(self, init: Init) -> dict[str, Role]:
         return {"student": Trained(init.flow_map(to_data=self.config.to_data == 1))}

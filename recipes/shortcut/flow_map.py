@@ -46,7 +46,7 @@ class Config(BaseModel):
     diagonal: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """fraction of the batch with s = t, where u is the velocity"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """fraction of the other samples with s = 0, as in sampling with one step"""
+    """fraction of the other samples with s = 0, as in sampling with one step; 1: sampling adds fresh noise"""
     mu: float = -0.8
     """mean of logit(t - s); s is uniform on the rest"""
     sigma: PositiveFloat = 1.0
@@ -77,9 +77,10 @@ class Config(BaseModel):
 
 
 class Recipe:
-    sampler = "jump"
+    sampler: str = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.sampler = "renoise" if config.to_data == 1 else "jump"
         guided = config.velocity == "teacher" and teacher is not None
         self.config, self.teacher = config, teacher.guided(config.guidance_scale) if teacher and guided else None
 

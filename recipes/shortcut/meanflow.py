@@ -32,7 +32,7 @@ class Config(slopes.SlopeOptions):
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """fraction of the other samples with s = 0, as in sampling with one step"""
+    """fraction of the other samples with s = 0, as in sampling with one step; 1: sampling adds fresh noise"""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
     """distribution of the two times; the larger one is t, the other one s"""
     mu: float = -0.4
@@ -60,10 +60,11 @@ class Config(slopes.SlopeOptions):
 
 
 class Recipe:
-    sampler = "jump"
+    sampler: str = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.teacher = config, config.guide(teacher)
+        self.sampler = "renoise" if config.to_data == 1 else "jump"
         self.law = times.uniform if config.time_law == "uniform" else times.law("logit_normal", config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:

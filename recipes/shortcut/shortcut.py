@@ -64,6 +64,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.finest = config, 1 / config.grid
+        self.trained_steps = [2**level for level in range(config.grid.bit_length())]  # 1, 2, 4, ..., M
         self.teacher = None if teacher is None or config.base == "data" else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:

@@ -29,7 +29,7 @@ class Config(slopes.PathOptions):
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """fraction of the other samples with s = 0, as in sampling with one step"""
+    """fraction of the other samples with s = 0, as in sampling with one step; 1: sampling adds fresh noise"""
     first_step: Annotated[float, Field(gt=0, le=1)] = 0.1
     """length of a step relative to t - s, r, at the start of training"""
     last_step: Annotated[float, Field(gt=0, le=1)] = 0.002
@@ -70,10 +70,11 @@ class Config(slopes.PathOptions):
 
 
 class Recipe:
-    sampler = "jump"
+    sampler: str = "jump"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.teacher = config, config.guide(teacher)
+        self.sampler = "renoise" if config.to_data == 1 else "jump"
 
     def networks(self, init: Init) -> dict[str, Role]:
         return {"student": Trained(init.flow_map())}
