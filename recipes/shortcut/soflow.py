@@ -4,7 +4,7 @@ f(x_t, t, s) = x_t + (s - t) u(x_t, t, s) is the end of a jump. A step of veloci
 l = t - r (t - s). On a part of the batch, f(x_l, l, s) is the target of f(x_t, t, s), without gradients: it minimises
 w |f(x_t, t, s) - f(x_l, l, s)|^2 / (2 (t - l) (t - s)). Its gradient is that of w |u - target|^2 / 2 with the target of
 MeanFlow, but with a difference in place of the derivative. So it needs no derivative; its error is of order r, which
-falls exponentially during training. On the other samples s = t, which is flow matching. w is 1 / (|u - target|^2 + c)^p.
+falls exponentially during training. On other samples s = t, which is flow matching. w is 1 / (|u - target|^2 + c)^p.
 
 Deviations: v is a teacher's velocity by default, and may be that of its pairs. Of the two times that are drawn, the
 larger one is t, and a step is at least 1e-4 long. The authors' trigonometric form and their guidance for training on
