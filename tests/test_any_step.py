@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import command
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
 from pydantic import ValidationError
 from runs import CARD
 from safetensors.torch import load_file
@@ -188,3 +189,24 @@ def test_a_map_that_was_trained_for_the_data_alone_is_sampled_by_jumps_to_it(rec
         assert ((found.std(0) / exact.STD - 1).abs() < 4 / (2 * count) ** 0.5).all()
     wrong = sampling.by_sampler(exact.Network(to_data), "jump", noise, uniform_grid(5), {}, [])
     assert ((wrong.std(0) / exact.STD - 1).abs() > 0.05).any()
+
+
+@pytest.mark.parametrize("kind", ["unet-jump", "mlp-classes-jump", "mlp-jump-own"])
+def test_the_scheduler_of_diffusers_makes_the_steps_of_a_flow_map(capfd, here, kind):
+    """Network and scheduler of the folder in a plain loop give the samples of `distill sample`, up to rounding."""
+    student, card = make(kind)
+    export(student, here / "s", card)
+    pipeline = DiffusionPipeline.from_pretrained(here / "s", trust_remote_code=True)
+    scheduler = pipeline.scheduler
+    assert type(scheduler) is FlowMapEulerDiscreteScheduler
+    for steps in (1, 2, 4):
+        assert drawn(capfd, "--steps", str(steps)).code == 0
+        found = load_file("a.safetensors")
+        x, labels, own = found["latents"], found.get("class_labels"), card.t_grids.get(steps)
+        scheduler.set_timesteps(steps, sigmas=own and own[:-1])
+        for i, n in enumerate(scheduler.timesteps):
+            end = 1000 * scheduler.sigmas[i + 1]
+            with torch.no_grad():
+                u = pipeline.unet(x, n, end, class_labels=labels).sample
+            x = scheduler.step(u, n, x).prev_sample
+        assert (x - found["samples"]).abs().max() <= 1e-5 * found["samples"].abs().max(), steps

@@ -11,6 +11,7 @@ import test_stock
 import test_whole
 import torch
 from commands import command
+from diffusers import FlowMapEulerDiscreteScheduler
 from latent import conditions, load, normal, write, write_conditions
 from runs import CARD
 from safetensors.torch import load_file
@@ -42,6 +43,11 @@ def whole(folder, subject, dtype="fp32"):
     return folder / "whole"
 
 
+# Teachers of the linear path whose pipelines give the scheduler the number of steps alone: diffusers' scheduler of flow
+# maps has the student's times, and makes its steps.
+OF_DIFFUSERS = {"sd3", "aura flow", "sana", "wan 2.1", "wan 2.2", "wan 2.2 ti2v"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", stock_pipelines.PIPELINES)
 def test_the_pipeline_of_a_flow_map_makes_its_samples(tmp_path, monkeypatch, name):
@@ -62,6 +68,9 @@ def test_the_pipeline_of_a_flow_map_makes_its_samples(tmp_path, monkeypatch, nam
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["flow_map_pipeline", f"FlowMap{type(subject.make()).__name__}"]
     assert index["second_time"] == ["second_time", "SecondTime"]
+    stock = ["diffusers", "FlowMapEulerDiscreteScheduler"]
+    assert index["scheduler"] == (stock if name in OF_DIFFUSERS else ["linear_path_scheduler", "LinearPathScheduler"])
+    assert (folder / "scheduler" / "linear_path_scheduler.py").exists() == (name not in OF_DIFFUSERS)
     assert pulling.verify(folder) == card_of(folder), "its code is known"
 
 
@@ -128,7 +137,6 @@ def same_steps(scheduler, call, times):
     assert scheduler.sigmas.tolist() == pytest.approx(times)
     for i, n in enumerate(scheduler.timesteps):
         assert scheduler.step_index == i
-        assert scheduler.difference.item() == pytest.approx(times[i] - times[i + 1])
         output = plain(None, scheduler.scale_model_input(theirs, n), n.expand(3), {})
         theirs, data = scheduler.step(output, n, theirs, return_dict=False)
         v = call(None, x, torch.full((3,), times[i], dtype=torch.float64), {})
@@ -206,8 +214,32 @@ def test_a_flow_map_is_prompted_where_distill_cannot_be_imported(capfd, tmp_path
         pulling.verify(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("name", "t_grids", "shift"),
+    [
+        ("sd3", {}, 1.0),
+        ("sd3", {2: [1.0, 0.75, 0.0], 4: [1.0, 0.9, 0.75, 0.5, 0.0]}, 3.0),
+        ("sd3", {2: [1.0, 0.75, 0.0], 4: [1.0, 0.75, 0.5, 0.25, 0.0]}, None),
+        ("flux dev", {}, None),
+        ("sd", {}, None),
+    ],
+)
+def test_the_scheduler_of_a_flow_map_is_that_of_diffusers_where_it_has_its_times(tmp_path, name, t_grids, shift):
+    teacher = teacher_on_linear_path(stock_pipelines.PIPELINES[name].teacher(tmp_path))
+    student = StudentInit(teacher, None, teacher.shape, teacher.num_classes, 0, teacher).flow_map()
+    how = with_code.of(student, "jump", t_grids, teacher.packaging)
+    assert how.works and how.steps == (tuple(t_grids) or None) and with_code.is_needed(how, student.network)
+    assert with_code.has_scheduler(how) == (shift is None)
+    if shift is not None:
+        made = FlowMapEulerDiscreteScheduler.from_config(how.scheduler)
+        for steps, times in (t_grids or {3: [1.0, 2 / 3, 1 / 3, 0.0]}).items():
+            made.set_timesteps(steps)
+            assert made.sigmas.tolist() == pytest.approx(times, abs=1e-12)
+            assert made.timesteps.tolist() == pytest.approx([1000 * t for t in times[:-1]], abs=1e-9)
+
+
 def test_what_no_pipeline_can_sample_is_told(tmp_path):
     network = VelocityStudent(TwoNetworks(nn.Linear(1, 1), nn.Linear(1, 1)))
     how = with_code.of(network, "accelerated", {}, None)
-    assert not with_code.is_needed(how)
+    assert not with_code.is_needed(how, network.network)
     assert how.reason == "it has a second network, of the acceleration, which the pipeline does not call"

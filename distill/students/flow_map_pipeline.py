@@ -7,6 +7,7 @@ import functools
 import inspect
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 
@@ -23,7 +24,10 @@ def __getattr__(name: str) -> type:
     @functools.wraps(stock.__call__)
     def _call(self: diffusers.DiffusionPipeline, *given: object, **options: object) -> object:
         def _add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            return output + self.second_time(self.scheduler.difference.to(output.device)).to(output.dtype)
+            step = self.scheduler.step_index or 0  # None before the first step
+            t, s = self.scheduler.sigmas[step : step + 2]  # of this step: on the linear path, sigma is the time
+            difference = (t - s).reshape(1).to(device=output.device, dtype=torch.float32)
+            return output + self.second_time(difference).to(output.dtype)
 
         places = [place.split(".", 1) for place in self.second_time.config["layers"]]
         layers = [getattr(self, component).get_submodule(layer) for component, layer in places]

@@ -53,11 +53,6 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         """The number of steps that were made."""
         return self._step_index
 
-    @property
-    def difference(self) -> Tensor:
-        """t - s of the step that comes next, [1] float32."""
-        return self._differences[self._step_index : self._step_index + 1]
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the number of the first step."""
         self._step_index = begin_index
@@ -85,7 +80,6 @@ class LinearPathScheduler(SchedulerMixin, ConfigMixin):
         self._given: Tensor | None = None  # what `scale_model_input` was called with
         self._scaled: Tensor | None = None  # and what it returned
         self.sigmas = torch.tensor(times, dtype=torch.float64)  # [N + 1]; on the linear path, sigma is t
-        self._differences = (self.sigmas[:-1] - self.sigmas[1:]).to(device=device, dtype=torch.float32)
         found = [float(self._seen(torch.zeros(1), t)[1]) for t in times[:-1]]
         if self.config["before_shift"] and mu is not None:
             found = [n / (t + mu * (1 - t)) for n, t in zip(found, times[:-1], strict=True)]

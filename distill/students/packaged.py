@@ -147,6 +147,6 @@ def _write(made: CheckedStudent, new: Path, others: whole.OtherComponents) -> No
         index = {**parse(path), **others.index}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         update |= {"pipeline": index["_class_name"], "size": list(size_of(made))}
-    if with_code.is_needed(made.how):
-        with_code.write(new, made.student.network)
+    if with_code.is_needed(made.how, made.student.network):
+        with_code.write(new, made.student.network, made.how)
     student_card.write(new, card.model_copy(update=update))

@@ -177,6 +177,21 @@ def _linear(
     return Stock({"_class_name": LCM, "shift": 1.0, **ending, **table}, (only,))
 
 
+def flow_map(
+    call: LinearCall, convention: Convention, t_grids: Mapping[int, Sequence[float]]
+) -> dict[str, object] | None:
+    """The config of FlowMapEulerDiscreteScheduler, whose steps are x_s = x_t + (s - t) u, for a pipeline that tells the
+    network where each step ends; None if that scheduler has other times than the student, or calls the network with
+    other ones.
+    """
+    on_linear_path = call.table is None and call.edm is None and not call.inverted
+    shift = _shift(t_grids)
+    has_times = all(_same(grid, shifted(uniform_grid(n), shift)) for n, grid in t_grids.items())
+    if not (on_linear_path and has_times and convention.passes == "steps"):
+        return None
+    return {"_class_name": FLOW_MAP, "shift": shift, "num_train_timesteps": int(call.time_scale)}
+
+
 def shifted(times: Tensor, shift: float) -> Tensor:
     """Times on the linear path as schedulers with this `shift` change them: sigma/alpha is multiplied by it."""
     return shift * times / (1 + (shift - 1) * times)

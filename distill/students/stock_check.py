@@ -91,7 +91,7 @@ def check(each: CheckedStudent, folder: Path, pipeline: str, *, whole: bool) -> 
     arguments = {
         "folder": str(folder.absolute()),
         "whole": whole,
-        "has_code": with_code.is_needed(each.how),
+        "has_code": with_code.is_needed(each.how, each.student.network),
         "dtype": each.dtype,
         "networks": {name: type(part).__name__ for name, part in parts.items()},
         "steps": steps,
