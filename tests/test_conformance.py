@@ -79,6 +79,7 @@ OTHER_OPTIONS = [
     ("shortcut/meanflow", {"derivative": "central", "h": 0.1, "time_law": "uniform", "to_data": 0.5, "power": 0.5}),
     ("shortcut/meanflow", {"velocity": "data", "tangent": "predicted"}),
     ("shortcut/meanflow", {"velocity": "pairs"}),
+    ("shortcut/meanflow", {"velocity": "data", "omega": 0.5, "kappa": 0.5, "label_dropout": 0.25}),
     ("consistency/scm", {"velocity": "pairs"}),
     ("shortcut/alphaflow", {"velocity": "data", "window_end": 0.1, "derivative": "central", "h": 0.1, "clip": 1.0}),
     ("shortcut/alphaflow", {"velocity": "pairs", "window_start": 0.5}),

@@ -9,7 +9,7 @@ the derivative. On the other samples s = t, which is flow matching, with the los
 
 Deviations: v is a teacher's velocity by default, and may be that of its pairs. The times are those of MeanFlow, and c
 is 0.001; both are unverified. A step is at least 1e-4 long. With dropout, the prediction and its target get different
-masks.
+masks. The authors' guidance for training on data alone is not implemented: use a guided teacher.
 """
 
 import math

@@ -6,25 +6,28 @@ matching. If v is a sample, noise - data, the identity holds only in expectation
 MeanFlow (Geng et al. 2025, arXiv 2512.02012) with the student's own velocity u(x_t, t, t): the derivative is then not
 random. With `velocity: pairs`, the paths are the nearly straight ones of a rectified flow (Re-MeanFlow).
 
-Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The paper's guidance for
-training on data alone (omega, kappa) is not implemented: use a guided teacher. The error is a mean over elements, so c
-does not depend on their number; theirs is a sum, with c = 0.01. With dropout, the derivative and the prediction get
-different masks.
+With `omega`, v is a mix of noise - data and the student's own velocities, with and without condition, so that it learns
+a guided velocity from data alone. Part of the samples with s = t then lose their condition; there, v is not mixed.
+
+Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The error is a mean over
+elements, so c does not depend on their number; theirs is a sum, with c = 0.01. With dropout, the derivative and the
+prediction get different masks. Conditions are dropped at random; theirs are a fixed number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill.flow import distances, slopes, times
+from distill.flow import distances, own_guidance, slopes, times
+from distill.flow.fields import drop_condition
 from distill.flow.interpolants import like
-from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 
-class Config(slopes.SlopeOptions):
+class Config(slopes.SlopeOptions, own_guidance.OwnGuidanceOptions):
     """Options of shortcut/meanflow."""
 
     tangent: Literal["sampled", "predicted"] = "sampled"
@@ -52,6 +55,10 @@ class Config(slopes.SlopeOptions):
             raise ValueError("tangent: predicted replaces sampled velocities; use it with velocity: data or pairs")
         if self.power == 0 and self.c is not None:
             raise ValueError("c has no effect with power: 0; remove it")
+        if self.omega is not None and self.velocity != "data":
+            raise ValueError(f"omega has no effect with velocity: {self.velocity}; remove it, or use velocity: data")
+        if self.label_dropout > self.diagonal:
+            raise ValueError(f"label_dropout={self.label_dropout} must be at most diagonal={self.diagonal}")
         return self
 
     @property
@@ -61,6 +68,7 @@ class Config(slopes.SlopeOptions):
 
 class Recipe:
     sampler: str = "jump"
+    null: Callable[[Cond], Cond]  # set by `networks`
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.teacher = config, config.guide(teacher)
@@ -68,6 +76,7 @@ class Recipe:
         self.law = times.uniform if config.time_law == "uniform" else times.law("logit_normal", config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
+        self.null = self.config.null_of(init)
         return {"student": Trained(self.config.checked(init.flow_map()))}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
@@ -84,8 +93,14 @@ class Recipe:
         if self.teacher is not None:
             with torch.no_grad():
                 v = self.teacher(x_t, t, batch.cond)
+        cond = batch.cond
+        if c.omega is not None:
+            dropped = on_diagonal & (ctx.draw.uniform("dropped", data) * c.diagonal < c.label_dropout)
+            null = self.null(batch.cond)
+            v = c.own_guided(student, x_t, t, v, batch.cond, null, dropped)
+            cond = drop_condition(batch.cond, null, dropped)
         target = self.target(student, x_t, t, s, v, batch, rows)
-        error = distances.mse(student(x_t, t, s, batch.cond), target)  # [B]
+        error = distances.mse(student(x_t, t, s, cond), target)  # [B]
         weight = (error.detach() + (c.c or 1e-3)) ** -c.power
         return Loss((weight * error).mean(), {"error": error.detach().mean()})
 
