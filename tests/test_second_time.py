@@ -13,7 +13,6 @@ from latent import CPU, conditions, normal
 
 from distill.core.errors import InputError
 from distill.exchange.student_card import StudentCard
-from distill.networks.second_time import FREQUENCIES
 from distill.spec.model import CheckpointTeacher
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
@@ -107,7 +106,7 @@ def test_a_student_starts_as_its_teacher_in_bfloat16(teacher, inputs):
 def embedding(network, t, s):
     """What a TwoTimes adds to the embeddings of the time, written out."""
     first, second = network.gap.hidden, network.gap.out
-    angle = [(t - s) * k * math.pi / 2 for k in range(1, FREQUENCIES + 1)]
+    angle = [(t - s) * k * math.pi / 2 for k in range(1, network.gap.config.waves + 1)]
     waves = torch.stack([each.cos() for each in angle] + [each.sin() for each in angle], dim=1)
     hidden = waves @ first.weight.T + first.bias
     return (hidden * hidden.sigmoid()) @ second.weight.T + second.bias

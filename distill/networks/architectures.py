@@ -14,6 +14,7 @@ from distill.flow.draws import key, sample_noise
 from distill.networks.acceleration_mlp import AccelerationMLP
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
+from distill.networks.flow_map import SECOND_TIME_WAVES
 from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
 from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
@@ -70,9 +71,12 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
     """
     with drawn(seed, "second time"):
         if isinstance(network, VelocityEdmUNet2DModel):
-            grown: ModelMixin = FlowMapEdmUNet2DModel.from_config(network.config)
+            grown: ModelMixin = FlowMapEdmUNet2DModel.from_config(network.config, second_time_waves=SECOND_TIME_WAVES)
+        elif isinstance(network, VelocityMLP):
+            grown = FlowMapMLP.from_config(network.config)  # with as many waves as for its first time
         else:
-            grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
+            more = _linear(network) | {"second_time_waves": SECOND_TIME_WAVES}
+            grown = FlowMapUNet2DModel.from_config(network.config, **more)
     weights = dict(network.state_dict())
     if "class_embedding.weight" in weights:
         weights[grown.class_weight] = weights.pop("class_embedding.weight")
@@ -90,7 +94,10 @@ def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
     if isinstance(network, VelocityEdmUNet2DModel):
         raise InputError("a network of EDM cannot get an acceleration; use a recipe with another kind of student")
     with drawn(seed, "acceleration"):  # all random weights are replaced below
-        grown = _grown(network, AccelerationMLP, AccelerationUNet2DModel)
+        if isinstance(network, VelocityMLP):
+            grown: ModelMixin = AccelerationMLP.from_config(network.config)
+        else:
+            grown = AccelerationUNet2DModel.from_config(network.config, **_linear(network))
     weights = dict(network.state_dict())
     beside = {f"acceleration.{name}": tensor for name, tensor in weights.items()}
     if isinstance(network, VelocityMLP):
@@ -119,8 +126,7 @@ def with_outputs(
             grown: ModelMixin = PolicyMLP.from_config(network.config, outputs=outputs, **config)
         else:
             last, wide = "conv_out", outputs * network.config.in_channels
-            own = {} if isinstance(network, VelocityUNet2DModel) else {"path": "linear", "prediction": "velocity"}
-            grown = PolicyUNet2DModel.from_config(network.config, out_channels=wide, **own, **config)
+            grown = PolicyUNet2DModel.from_config(network.config, out_channels=wide, **_linear(network), **config)
         weights = dict(network.state_dict())
         for name in (f"{last}.weight", f"{last}.bias"):
             repeated = weights[name].repeat(outputs, *[1] * (weights[name].ndim - 1))
@@ -141,13 +147,9 @@ def policy_of(network: nn.Module) -> tuple[str, int, list[float] | None] | None:
             return None
 
 
-def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -> ModelMixin:
-    """Builds a fresh network of class `mlp` or `unet` from the config of a velocity network of the linear path."""
-    if isinstance(network, VelocityMLP):
-        return mlp.from_config(network.config)
-    if isinstance(network, VelocityUNet2DModel):
-        return unet.from_config(network.config)
-    return unet.from_config(network.config, path="linear", prediction="velocity")
+def _linear(network: ModelMixin) -> dict[str, object]:
+    """What the config of a U-Net of the linear path lacks for a class that is derived from VelocityUNet2DModel."""
+    return {} if isinstance(network, VelocityUNet2DModel) else {"path": "linear", "prediction": "velocity"}
 
 
 @contextmanager

@@ -8,6 +8,11 @@ from distill.flow.interpolants import like, linear
 from distill.networks.flow_map_call import call
 from distill.protocols import Cond
 
+# Of the embedding of t - s in a new flow map: at most 8 radians from t - s = 0 to 1. Recipes that learn from
+# derivatives by a time are misled by faster waves: with 16, up to 25 radians, scm ends several times farther from the
+# ring (recipes/LOG.md, 2026-12-01).
+SECOND_TIME_WAVES = 5
+
 FlowMapCall = Callable[[nn.Module, Tensor, Tensor, Tensor, Cond], Tensor]
 
 

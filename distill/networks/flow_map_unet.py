@@ -3,7 +3,7 @@
 This file is shipped inside student folders: it imports torch and diffusers only.
 """
 
-import functools
+import inspect
 import math
 
 import torch
@@ -16,23 +16,21 @@ from .velocity_unet import VelocityUNet2DModel
 class Conditions(nn.Module):
     """Embedding of (class_labels, t - s), to be added to that of t; that of t - s is zero until it is trained.
 
-    t - s enters as cos and sin of k pi/2 (t - s), k = 1 ... frequencies: smooth, for derivatives with respect to it.
+    t - s enters as cos and sin of k pi/2 (t - s), k = 1 ... waves: smooth, for derivatives with respect to it.
     """
 
-    frequencies = 16
-
-    def __init__(self, classes: nn.Module | None, dim: int) -> None:
+    def __init__(self, classes: nn.Module | None, dim: int, waves: int) -> None:
         super().__init__()
-        self.classes = classes
-        self.gap = nn.Sequential(nn.Linear(2 * self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.classes, self.waves = classes, waves
+        self.gap = nn.Sequential(nn.Linear(2 * waves, dim), nn.SiLU(), nn.Linear(dim, dim))
         nn.init.zeros_(self.gap[2].weight)
         nn.init.zeros_(self.gap[2].bias)
 
     def forward(self, given: tuple[Tensor | None, Tensor]) -> Tensor:
         """(class_labels [B] or None, t - s [B]) -> [B, dim]."""
         class_labels, gap = given
-        k = torch.arange(1, self.frequencies + 1, dtype=torch.float32, device=gap.device)
-        angle = gap.float()[:, None] * k * (math.pi / 2)  # [B, frequencies]
+        k = torch.arange(1, self.waves + 1, dtype=torch.float32, device=gap.device)
+        angle = gap.float()[:, None] * k * (math.pi / 2)  # [B, waves]
         embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
         if self.classes is None:
             if class_labels is not None:
@@ -47,17 +45,18 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
     """u(x_t, t, s, class) of x_t = (1 - t) data + t noise, the average velocity from t to s.
 
     A VelocityUNet2DModel, or with path "linear" a UNet2DModel of the linear path, whose time embedding is joined by one
-    of t - s. Without it, it is the velocity.
+    of t - s. Without it, it is the velocity. second_time_waves: of this embedding; older students, whose configs do not
+    say so, have 16. The other arguments are those of VelocityUNet2DModel.
     """
 
     class_weight = "class_embedding.classes.weight"  # where class_embedding.weight of the velocity network lies
     class_embedding: nn.Module | None
 
-    # diffusers reads the arguments off the signature
-    @functools.wraps(VelocityUNet2DModel.__init__)  # type: ignore[misc]
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: object, second_time_waves: int = 16, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.class_embedding = Conditions(self.class_embedding, self.time_embedding.linear_2.out_features)
+        self.register_to_config(second_time_waves=second_time_waves)
+        width = self.time_embedding.linear_2.out_features
+        self.class_embedding = Conditions(self.class_embedding, width, second_time_waves)
 
     def forward(  # type: ignore[override]
         self,
@@ -72,3 +71,9 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
         gap = gap.to(sample.device).expand(sample.shape[0]) / 1000
         velocity = self.velocity(sample, timestep, (class_labels, gap))
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+
+# diffusers reads the arguments off the signature
+_own = inspect.signature(FlowMapUNet2DModel.__init__).parameters["second_time_waves"]
+_all = {**inspect.signature(VelocityUNet2DModel.__init__).parameters, "second_time_waves": _own}
+FlowMapUNet2DModel.__init__.__signature__ = inspect.Signature([*_all.values()])  # type: ignore[attr-defined]

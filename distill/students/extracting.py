@@ -167,8 +167,9 @@ def _with_adapters(base: LoadedTeacher, lora: LoraWeights, student: LoadedStuden
         return native.flow_map(network, call, 0, to_data=True)
     if not isinstance(student.network, TwoTimes):
         return native.velocity(network, call)
-    found = native.flow_map(network, call, 0)
-    found.network.gap.load_state_dict(student.network.gap.state_dict())
+    gap = student.network.gap
+    found = native.flow_map(network, call, 0, waves=gap.config.waves)
+    found.network.gap.load_state_dict(gap.state_dict())
     return found
 
 

@@ -153,9 +153,10 @@ def load(folder: Path, card: StudentCard, base: LoadedTeacher) -> tuple[native.N
         student = native.velocity(network, call)
         if card.kind == "flow_map":
             to_data = native_folder.is_to_data(card)
-            student = native.flow_map(network, call, 0, to_data)
-            if not to_data:
-                native_folder.load_second_time(student.network.gap, folder / SECOND_TIME)
+            if to_data:
+                student = native.flow_map(network, call, 0, to_data)
+            else:
+                student = native_folder.flow_map(network, call, folder / SECOND_TIME)
     return student, digest(base, folder)
 
 

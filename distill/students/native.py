@@ -19,7 +19,7 @@ from distill.networks.adapters import plain_weights
 from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
-from distill.networks.flow_map import FlowMapStudent
+from distill.networks.flow_map import SECOND_TIME_WAVES, FlowMapStudent
 from distill.networks.quantised import is_quantised
 from distill.networks.second_time import SecondTime
 from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
@@ -183,11 +183,13 @@ def velocity(network: nn.Module, call: LinearCall) -> VelocityStudent:
     return VelocityStudent(network, call)
 
 
-def flow_map(network: nn.Module, call: LinearCall, seed: int, to_data: bool = False) -> FlowMapStudent:
+def flow_map(
+    network: nn.Module, call: LinearCall, seed: int, to_data: bool = False, waves: int = SECOND_TIME_WAVES
+) -> FlowMapStudent:
     """A flow map: of the network of one, or made from a velocity network. Then it is at first the velocity, for every
     s.
 
-    to_data: it is only called with s = 0, so it gets no second time.
+    to_data: it is only called with s = 0, so it gets no second time. waves: of a new second time.
     """
     if isinstance(network, TwoTimes) or (isinstance(network, ToData) and to_data):
         return FlowMapStudent(network, TwoTimesCall(call))
@@ -197,7 +199,7 @@ def flow_map(network: nn.Module, call: LinearCall, seed: int, to_data: bool = Fa
     convention = convention_for(network)
     layers = [prefix + name for prefix, part in parts_of(network) for name in convention.time_layers(part)]
     with drawn(seed, "second time"):
-        gap = SecondTime(convention.time_width(_config(network)), _in_pipeline(network, layers))
+        gap = SecondTime(convention.time_width(_config(network)), _in_pipeline(network, layers), waves)
     found = TwoTimes(network, layers, gap)
     found.gap.to(next(network.parameters()).device)
     return FlowMapStudent(found, TwoTimesCall(call))

@@ -19,6 +19,7 @@ from distill.core.errors import InputError, RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.networks.experts import Experts
+from distill.networks.flow_map import FlowMapStudent
 from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
@@ -27,7 +28,7 @@ from distill.students.stock import Stock
 from distill.teachers import checkpoint, files, layout, pipeline_index, weights
 from distill.teachers.checkpoint import TeacherCheckpoint
 from distill.teachers.loaded import Packaging
-from distill.teachers.network_field import EdmField, NetworkField, linear_call
+from distill.teachers.network_field import EdmField, LinearCall, NetworkField, linear_call
 from distill.teachers.read import parse, unreadable
 
 SECOND_TIME = "second_time/diffusion_pytorch_model.safetensors"  # the embedding of t - s, in a flow map
@@ -99,10 +100,9 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
         return native.velocity(network, call)
     if kind == "flow_map":
         to_data = is_to_data(student_card.read(folder))
-        student = native.flow_map(network, call, 0, to_data)
-        if not to_data:
-            load_second_time(student.network.gap, folder / SECOND_TIME)
-        return student
+        if to_data:
+            return native.flow_map(network, call, 0, to_data)
+        return flow_map(network, call, folder / SECOND_TIME)
     names = [name for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
     parts = [network_in(folder / name, checkpoint.DTYPES[spec.dtype]) for name in names]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
@@ -154,20 +154,25 @@ def network_in(folder: Path, dtype: torch.dtype) -> ModelMixin:
     return found
 
 
-def load_second_time(gap: nn.Module, path: Path) -> None:
-    """Loads the embedding of t - s. InputError if the file is damaged or does not fit."""
+def flow_map(network: nn.Module, call: LinearCall, path: Path) -> FlowMapStudent:
+    """A flow map of a network and the embedding of t - s in a file. InputError if this is damaged or does not fit."""
     try:
         tensors: Mapping[str, Tensor] = load_file(path)
     except OSError as error:
         raise unreadable(path, error) from error
     except SafetensorError as error:
         raise InputError(f"{path} is damaged; copy or download it again") from error
+    hidden = tensors.get("hidden.weight")  # [width, 2 waves]; the folder of a LoRA has no config that says how many
+    waves = hidden.shape[1] // 2 if hidden is not None and hidden.ndim == 2 else 1
+    student = native.flow_map(network, call, 0, waves=max(1, waves))
+    gap = student.network.gap
     expected = gap.state_dict()
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in expected.items()}:
         raise InputError(f"{path} does not fit the network of its folder; copy or download it again")
     if not all(each.isfinite().all() for each in tensors.values()):
         raise InputError(f"{path} contains NaN or infinity; copy or download it again")
     gap.load_state_dict(tensors)
+    return student
 
 
 def _options(network: ModelMixin) -> dict[str, object]:

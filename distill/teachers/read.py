@@ -89,6 +89,7 @@ class NetworkConfig(Read):
     width: Size = 1
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
     frequencies: Size = 16
+    second_time_waves: Size = 16
     outputs: Size = 1
     policy: Literal["", "steps", "data", "gaussian"] = ""
     grid: Annotated[list[float], Field(max_length=1025), AfterValidator(_times)] | None = None

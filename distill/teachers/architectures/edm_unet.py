@@ -42,6 +42,7 @@ class EdmConfig(Read):
     # of VelocityEdmUNet2DModel and FlowMapEdmUNet2DModel
     num_class_embeds: Annotated[int, Field(ge=2, le=(1 << 16) + 1)] | None = None
     design: Literal["song", "dhariwal"] = "song"
+    second_time_waves: Size = 16
     sign: Literal[1, -1] = 1
     sigma_data: PositiveFloat = 0.5
     sigma_min: PositiveFloat = 0.002
