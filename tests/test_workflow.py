@@ -653,7 +653,7 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
         content = vectors(r={"recipe": "./mine.py"}) | {"launch": {"zero_stage": zero_stage}}
         said = (
             "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with "
-            "launch.zero_stage: 3; use 0, 1 or 2"
+            "launch.zero_stage: 3: gathering the weights of a layer while it is called has none; use 0, 1 or 2"
         )
         assert mistakes(content, tmp_path) == ([said] if refused else [])
 

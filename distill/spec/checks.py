@@ -276,8 +276,8 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
     spec, recipe, needs = found.spec, stage.recipe, own.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
-            f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; "
-            "use 0, 1 or 2"
+            f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3: "
+            "gathering the weights of a layer while it is called has none; use 0, 1 or 2"
         )
     if "data" in needs and not spec.data.has_samples:
         vectors = "teacher" in needs and found.has_exact_teacher(stage)
