@@ -13,6 +13,7 @@ from distill.data.prompts import Prompts
 from distill.data.source import DataSet, DataSource
 from distill.spec.datakind import DataKind
 from distill.spec.dataspec import (
+    CheckerboardData,
     DataSpec,
     DigitsData,
     HfData,
@@ -41,6 +42,7 @@ __all__ = [
 MODULES: dict[type[DataKind], str] = {
     DigitsData: "arrays",
     MnistData: "arrays",
+    CheckerboardData: "checkerboard",
     ImagesData: "folders",
     TarsData: "tars",
     HfData: "tables",

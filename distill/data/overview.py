@@ -17,7 +17,7 @@ class DataOverview:
     """An overview of the data of a spec."""
 
     samples: int
-    """number of images, videos or latents; 0 for kind prompts"""
+    """number of images, videos, points or latents; 0 for kind prompts"""
     shape: list[int]
     """of one sample; empty for kind prompts"""
     latents: bool
@@ -31,7 +31,7 @@ class DataOverview:
 
     @property
     def _unit(self) -> str:
-        return "latents" if self.latents else "videos" if len(self.shape) == 4 else "images"
+        return "latents" if self.latents else {1: "points", 4: "videos"}.get(len(self.shape), "images")
 
     def lines(self) -> list[str]:
         """Text for a terminal."""

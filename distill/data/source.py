@@ -88,6 +88,16 @@ class Labelled(Protocol):
     def with_label(self, label: int) -> int | None: ...  # the first item that has it; None: there is none
 
 
+@runtime_checkable
+class Drawable(Protocol):
+    """A data set of a known law, of which other samples can be drawn, to compare generated ones with.
+
+    They are points in the plane.
+    """
+
+    def draw(self, seed: int, count: int) -> Tensor: ...  # [count, 2]
+
+
 class DataSource:
     """A stream of batches of size B, each with items of one size. Implements `protocols.Source`.
 

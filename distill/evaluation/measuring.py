@@ -13,9 +13,10 @@ from distill.core.errors import InputError
 from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.data.encoded import scaled_for
+from distill.data.source import Drawable
 from distill.evaluation import compatible, judging, order, row_plans
 from distill.evaluation.judging import Judges
-from distill.evaluation.metrics.reference import Reference, of_exact, of_images, pixels_of
+from distill.evaluation.metrics.reference import Reference, of_exact, of_images, of_law, pixels_of
 from distill.evaluation.order import PromptOrder
 from distill.evaluation.row_plans import Plan
 from distill.evaluation.row_work import RowWork
@@ -80,7 +81,8 @@ def measure(
 ) -> Results | None:
     """Measure every row of `stage`; writes results.json, rows and pictures to `folder`. Finished rows are reused.
 
-    Without data, samples are compared with exact ones. InputError if the networks or the data do not fit together.
+    Without data, or if its law is known, samples are compared with exact ones. InputError if the networks or the data
+    do not fit together.
 
     store: folder with step times, fitted solvers, and rows of teachers for other evaluations.
     exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
@@ -101,6 +103,8 @@ def measure(
         reference = None
         if pixels is not None:
             reference = of_images(pixels, folder)
+        elif isinstance(data, Drawable):
+            reference = of_law(data, stage.samples, seed)
         elif data is None and exact is not None:
             reference = of_exact(exact, stage.samples, seed)
         return _Prepared(judges, used, reference, row_plans.plans(stage, teacher, students, store, device))

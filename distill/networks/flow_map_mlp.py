@@ -23,7 +23,7 @@ class FlowMapMLP(VelocityMLP):
     @functools.wraps(VelocityMLP.__init__)  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.gap = nn.Linear(2 * self.config.frequencies, self.config.width)
+        self.gap = nn.Linear(self.num_times, self.config.width)
         nn.init.zeros_(self.gap.weight)
         nn.init.zeros_(self.gap.bias)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class VelocityMLP(ModelMixin, ConfigMixin):
     """v(x_t, t, class) of the linear path for x_t [B, dim]: `depth` hidden layers of `width`, SiLU.
 
-    Time enters as cos and sin of k pi/2 t, k = 1 ... frequencies: smooth, and no two t in [0, 1] look alike.
+    Time enters as cos and sin of k pi/2 t, k = 1 ... frequencies: smooth, and no two t in [0, 1] look alike. With no
+    frequencies, t itself enters.
     num_class_embeds counts the null class, if there is one.
     """
 
@@ -25,11 +26,16 @@ class VelocityMLP(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds is not None else None
-        embedded = 2 * frequencies + (width if num_class_embeds is not None else 0)
+        embedded = self.num_times + (width if num_class_embeds is not None else 0)
         layers: list[nn.Module] = []
         for i in range(depth):
             layers += [nn.Linear(dim + embedded if i == 0 else width, width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    @property
+    def num_times(self) -> int:
+        """How many numbers a time enters as."""
+        return 2 * self.config.frequencies or 1
 
     def forward(
         self,
@@ -43,7 +49,7 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
 
     def inputs(self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:
-        """What the first layer sees, [B, dim + 2 frequencies + width of a class]."""
+        """What the first layer sees, [B, dim + num_times + width of a class]."""
         inputs = [sample, self.times(sample, timestep)]
         if self.class_embedding is None:
             if class_labels is not None:
@@ -55,8 +61,10 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         return torch.cat(inputs, dim=1)
 
     def times(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
-        """[B, 2 frequencies] in the dtype of sample."""
+        """[B, num_times] in the dtype of sample."""
         t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
+        if self.config.frequencies == 0:
+            return t[:, None].to(sample.dtype)
         k = torch.arange(1, self.config.frequencies + 1, dtype=torch.float32, device=sample.device)
         angle = t[:, None] * k * (math.pi / 2)  # [B, frequencies]
         return torch.cat([angle.cos(), angle.sin()], dim=1).to(sample.dtype)

@@ -16,6 +16,7 @@ from distill.spec.kinds import BASELINE
 
 FILE_NAME = "results.json"
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
+HISTOGRAM = "histogram KL"  # a distance, see `evaluation.metrics.histogram`
 BESIDE_FD = "KID-", "precision-", "recall-"  # columns of features that a narrow place leaves out
 PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 
@@ -115,7 +116,7 @@ class Results(FrozenModel):
     guidance: Line = ""
     """guidance and epsilon scaling of the teacher in words, if there is more than guidance_scale"""
     distance: Line | None
-    """FD-<data>, SW2, or null if there is nothing to compare with"""
+    """FD-<data>, SW2, histogram KL, or null if there is nothing to compare with"""
     features: FeatureNet | None
     reference: NonNegativeInt
     """number of real or exact samples to compare with"""
@@ -318,7 +319,8 @@ def describe(results: Results) -> str:
             f"classifier trained on their {net.task} (accuracy {net.accuracy:.1%} on held-out images)"
         )
     elif results.distance is not None:
-        said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples")
+        what = "KL divergence from the histogram of" if results.distance == HISTOGRAM else "sliced Wasserstein-2 to"
+        said.append(f"{results.distance}: {what} {results.reference:,} exact samples")
         if results.floor is not None:
             said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
     if results.real:

@@ -183,7 +183,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         if not local.exists() and not teacher.is_of_hub:
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
     if size and spec.data.has_samples:
-        has = "latents" if spec.data.is_encoded else "images"
+        has = "images" if spec.data.has_images else "latents" if spec.data.is_encoded else "points in the plane"
         yield (
             f"data: kind {spec.data.kind} has {has}, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
             f"vectors of {size}; use data: {{kind: none}} or another teacher"

@@ -56,7 +56,12 @@ class DataKind(FrozenModel):
     @property
     def has_images(self) -> bool:
         """Whether the samples are images or videos, which an autoencoder can encode."""
-        return self.has_samples and not self.is_encoded
+        return self.has_samples and not self.is_encoded and not self.has_points
+
+    @property
+    def has_points(self) -> bool:
+        """Whether the samples are points in the plane."""
+        return False
 
     @property
     def has_captions(self) -> bool:

@@ -63,6 +63,21 @@ class MnistData(DataKind):
         return [28]
 
 
+class CheckerboardData(DataKind):
+    """Points in the plane, uniform on the squares of one colour of a board of 4 x 4 squares on [-2, 2]^2. Each epoch
+    has 65,536 new ones."""
+
+    kind: Literal["checkerboard"]
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def has_points(self) -> bool:
+        return True
+
+
 class ImagesData(ImageOptions):
     """A folder of images. Classes are the labels of its dataset.json (EDM's format), else its sub-folders in
     alphabetical order, if any."""
@@ -392,6 +407,15 @@ class VideosData(DataKind):
 
 
 DataSpec = Annotated[
-    NoData | DigitsData | MnistData | ImagesData | TarsData | HfData | LatentsData | VideosData | PromptsData,
+    NoData
+    | DigitsData
+    | MnistData
+    | CheckerboardData
+    | ImagesData
+    | TarsData
+    | HfData
+    | LatentsData
+    | VideosData
+    | PromptsData,
     Field(discriminator="kind"),
 ]

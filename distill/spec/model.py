@@ -30,6 +30,7 @@ from distill.core.field_types import (
 from distill.spec.apportion import rows_by_share
 from distill.spec.cachespec import CacheStage
 from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
+    CheckerboardData,
     DataSpec,
     DigitsData,
     HfData,

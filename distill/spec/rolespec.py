@@ -46,9 +46,9 @@ class MlpSpec(FrozenModel):
     """units of a hidden layer"""
     depth: Annotated[int, Field(gt=0, le=1000)] = 3
     """hidden layers"""
-    frequencies: Annotated[int, Field(gt=0, le=1000)] = 16
-    """waves in which it sees a time: k / 4 turns from 0 to 1, k = 1 ... frequencies; recipes that learn from
-    derivatives by a time, such as scm and flow_map, need slow ones: 5"""
+    frequencies: Annotated[int, Field(ge=0, le=1000)] = 16
+    """waves in which it sees a time: k / 4 turns from 0 to 1, k = 1 ... frequencies; 0: it sees the time itself;
+    recipes that learn from derivatives by a time, such as scm and flow_map, need slow ones: 5"""
 
 
 NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]

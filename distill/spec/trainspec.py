@@ -41,6 +41,8 @@ def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, whe
         return
     if vectors:
         yield f"{where}: a unet is for images, but the teacher makes vectors; use kind: mlp"
+    if spec.data.has_points:
+        yield f"{where}: a unet is for images, but data of kind {spec.data.kind} has points in the plane; use kind: mlp"
     if not network.channels:
         yield f"{where}.channels: empty; give the number of channels of each resolution, finest first"
     for channels in network.channels:

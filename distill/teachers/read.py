@@ -88,7 +88,7 @@ class NetworkConfig(Read):
     dim: Size | None = None
     width: Size = 1
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
-    frequencies: Size = 16
+    frequencies: Annotated[int, Field(ge=0, le=16384)] = 16
     second_time_waves: Size = 16
     outputs: Size = 1
     policy: Literal["", "steps", "data", "gaussian"] = ""

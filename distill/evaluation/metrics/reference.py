@@ -11,15 +11,17 @@ from torch import Tensor
 from distill.core.printing import say_error
 from distill.data import DataSet
 from distill.data.encoded import DecodedData
+from distill.data.source import Drawable
 from distill.evaluation.metrics import features
 from distill.evaluation.metrics.frechet import gaussian_frechet
+from distill.evaluation.metrics.histogram import histogram_kl
 from distill.evaluation.metrics.kernel import kid
 from distill.evaluation.metrics.manifold import precision_recall
 from distill.evaluation.metrics.wasserstein import sliced_wasserstein
 from distill.evaluation.tally import MOST_COMPARED, FeatureSums
 from distill.flow.draws import key
 from distill.protocols import Codec
-from distill.runs.results import FeatureNet
+from distill.runs.results import HISTOGRAM, FeatureNet
 
 FLOORS = 4  # number of other sets of exact samples that the floor is the mean over
 
@@ -28,7 +30,7 @@ FLOORS = 4  # number of other sets of exact samples that the floor is the mean o
 class Reference:
     """A set of samples from the distribution that generated samples should have, and how to compare with it."""
 
-    name: str  # of the distance, e.g. "FD-digits" or "SW2"
+    name: str  # of the distance, e.g. "FD-digits", "SW2" or "histogram KL"
     identity: str  # identifies the set; distances from other sets are not comparable
     embed: Callable[[Tensor], Tensor]  # samples [N, ...] -> features [N, D]
     values: Tensor  # features of the set [M, D]
@@ -85,6 +87,16 @@ def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, see
     )
 
 
+def of_law(data: Drawable, count: int, seed: int) -> Reference:
+    """The KL divergence between histograms of `count` exact samples of a law in the plane and of generated ones."""
+    values = data.draw(key(seed, "reference"), count)
+    others = (data.draw(key(seed, "floor", number), count) for number in range(FLOORS))
+    floor = sum(histogram_kl(values, other) for other in others) / FLOORS
+    return Reference(
+        HISTOGRAM, f"law/{count}", _itself, values, _divergence, whole=True, floor=floor, points=values[:2000]
+    )
+
+
 def frechet_of(x: FeatureSums, y: FeatureSums) -> float:
     """The Frechet distance; see `frechet`."""
     return gaussian_frechet(x.mean, x.covariance, y.mean, y.covariance)
@@ -92,6 +104,10 @@ def frechet_of(x: FeatureSums, y: FeatureSums) -> float:
 
 def _wasserstein(x: FeatureSums, y: FeatureSums) -> float:
     return sliced_wasserstein(x.first, y.first)
+
+
+def _divergence(x: FeatureSums, y: FeatureSums) -> float:
+    return histogram_kl(y.first, x.first)
 
 
 def _itself(samples: Tensor) -> Tensor:
