@@ -101,7 +101,7 @@ def test_the_divergence_of_known_laws_is_their_closed_form():
 
 
 def test_exact_samples_have_the_bias_of_finite_samples():
-    """2 N KL(sample || law) is chi-squared of K - 1 degrees of freedom, nearly; of two sets the bias is twice as large."""
+    """2 N KL(sample || law) is about chi-squared of K - 1 degrees; between two sets, the bias is twice as large."""
     sets = [draw(key("set", number), POINTS) for number in range(8)]
     bias = (WITHIN - 1) / (2 * POINTS)
     error = math.sqrt(2 * (WITHIN - 1)) / (2 * POINTS)  # standard deviation of one set
