@@ -86,6 +86,22 @@ def test_values_and_other_derivatives_stay():
     assert torch.equal(after[1], exactly[2][1]), "nothing stays behind"
 
 
+def test_what_a_hook_adds_to_the_embedding_keeps_its_derivative():
+    """As a TwoTimes adds that of t - s in networks such as the U-Net of Stable Diffusion."""
+    network, x = Embedded(), exact.batch(64).data
+    t, s = torch.linspace(0.05, 0.95, 64, dtype=torch.float64), torch.linspace(0.0, 0.5, 64, dtype=torch.float64)
+    given = []
+    network.time_embedding.register_forward_hook(lambda module, inputs, output: output + given[0].sin()[:, None])
+
+    def u(s):
+        given[:] = [s]
+        return network(x, t, s, {})
+
+    with torch.no_grad(), smooth_times(network):
+        found = torch.func.jvp(u, (s,), (torch.ones_like(s),))[1]
+    assert torch.allclose(found, 3 * x * s.cos()[:, None])  # the embedding has 3 channels, which are added up
+
+
 def test_a_network_without_such_an_embedding_is_refused():
     given = SlopeOptions(derivative="smooth")
     with pytest.raises(InputError, match="derivative: smooth has no effect on this network"):

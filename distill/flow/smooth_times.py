@@ -44,7 +44,8 @@ def smooth_times(network: nn.Module, span: float = 1000.0) -> Iterator[None]:
         for waves, layers in time_embeddings(network):
             seen: list[Tensor] = []
             hooks.enter_context(_removed(waves.register_forward_pre_hook(partial(_note, seen))))
-            hooks.enter_context(_removed(layers.register_forward_hook(partial(_replace, waves, seen, span))))
+            replace = partial(_replace, waves, seen, span)  # first: a hook of TwoTimes may add the second time
+            hooks.enter_context(_removed(layers.register_forward_hook(replace, prepend=True)))
         yield
 
 
