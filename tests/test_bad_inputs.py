@@ -105,7 +105,7 @@ FIELDS = {
     ),
     "unknown kind of data": (
         ["data={kind: digit}"],
-        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, latents, mnist, none, "
+        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: checkerboard, digits, hf, images, latents, mnist, none, "
         "prompts, tars, videos",
     ),
     "unknown solver": (
@@ -167,7 +167,7 @@ def test_fields(capfd, tmp_path, monkeypatch, case):
 
 def test_several_mistakes_come_at_once(capfd, tmp_path):
     said = "preset 'digits': 2 mistakes\n  seed: -1 given; must be at least 0\n  data: kind is missing; valid: "
-    said += "digits, hf, images, latents, mnist, none, prompts, tars, videos"
+    said += "checkerboard, digits, hf, images, latents, mnist, none, prompts, tars, videos"
     refuse(capfd, tmp_path, ["run", "digits", "seed=-1", "data={}"], said)
 
 

