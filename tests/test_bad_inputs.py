@@ -105,8 +105,8 @@ FIELDS = {
     ),
     "unknown kind of data": (
         ["data={kind: digit}"],
-        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: checkerboard, digits, hf, images, latents, mnist, "
-        "none, prompts, tars, videos",
+        DIGITS + "data: kind is 'digit'; did you mean 'digits'? valid: checkerboard, digits, hf, images, latents, "
+        "mnist, none, prompts, tars, videos",
     ),
     "unknown solver": (
         ["stages.pairs.solver=huen"],
