@@ -30,6 +30,7 @@ from distill.training.memory import FLOAT
 OPTIONS: Mapping[str, Mapping[str, object]] = {
     "consistency/scm": {"derivative": "central", "h": 0.1},  # not all networks have forward-mode derivatives
     "reflow/consistency_fm": {"target": "teacher", "delta": 0.01},
+    "shortcut/alphaflow": {"derivative": "central", "h": 0.1},
     "shortcut/meanflow": {"derivative": "central", "h": 0.1},
 }
 SMALLER = {"reflow/slimflow": {"phase": "anneal"}}  # options of a stage before, which trains a smaller network
