@@ -25,6 +25,23 @@ def outputs_of(policy: str, count: int) -> int:
     return 2 * count + 1 if policy == "gaussian" else count
 
 
+def called(
+    policy: str,
+    grid: list[float] | None,
+    outputs: Tensor,
+    sample: Tensor,
+    timestep: Tensor | float | int,
+    target_timestep: Tensor | float | int,
+) -> Tensor:
+    """`average_velocity`, for timestep = 1000 r and target_timestep = 1000 s (numbers or [B])."""
+    r, s = (
+        torch.as_tensor(each, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
+        for each in (timestep, target_timestep)
+    )
+    times = torch.tensor(grid or [], dtype=torch.float64, device="cpu")
+    return average_velocity(policy, times, outputs.to(sample.dtype), sample, r, s)
+
+
 def average_velocity(policy: str, grid: Tensor, outputs: Tensor, x_r: Tensor, r: Tensor, s: Tensor) -> Tensor:
     """The average velocity [B, ...] of a policy from x_r [B, ...] at r [B] to s [B] <= r.
 

@@ -3,17 +3,16 @@
 This file is shipped inside student folders: it imports torch and diffusers only.
 """
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .policies import average_velocity
+from .policies import called
 from .velocity_mlp import VelocityMLP
 
 
 class PolicyMLP(VelocityMLP):
-    """A VelocityMLP with `outputs` outputs, of which a policy makes velocities; see `average_velocity`.
+    """A VelocityMLP with `outputs` outputs, of which a policy makes velocities; see `policies`.
 
     policy: steps, data or gaussian. grid: its times, of steps.
     """
@@ -47,10 +46,5 @@ class PolicyMLP(VelocityMLP):
         """
         result = self.layers(self.inputs(sample, timestep, class_labels)).unflatten(1, (-1, self.config.dim))
         if target_timestep is not None:
-            t, s = (
-                torch.as_tensor(each, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
-                for each in (timestep, target_timestep)
-            )
-            grid = torch.tensor(self.config.grid or [], dtype=torch.float64, device="cpu")
-            result = average_velocity(self.config.policy, grid, result.to(sample.dtype), sample, t, s)
+            result = called(self.config.policy, self.config.grid, result, sample, timestep, target_timestep)
         return UNet2DOutput(sample=result) if return_dict else (result,)

@@ -5,18 +5,17 @@ This file is shipped inside student folders: it imports torch and diffusers only
 
 import inspect
 
-import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from .policies import average_velocity
+from .policies import called
 from .velocity_unet import VelocityUNet2DModel
 
 
 class PolicyUNet2DModel(VelocityUNet2DModel):
     """A VelocityUNet2DModel, or with path "linear" a UNet2DModel of the linear path, with several outputs.
 
-    A policy (steps, data or gaussian) makes velocities of them, see `average_velocity`. out_channels is in_channels
+    A policy (steps, data or gaussian) makes velocities of them, see `policies`. out_channels is in_channels
     times their number. grid: its times, of steps. The other arguments are those of VelocityUNet2DModel.
     """
 
@@ -41,12 +40,7 @@ class PolicyUNet2DModel(VelocityUNet2DModel):
         else:  # each output is converted to a velocity, with the same sample
             result = self.velocity(sample[:, None], timestep, class_labels)
         if target_timestep is not None:
-            t, s = (
-                torch.as_tensor(each, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
-                for each in (timestep, target_timestep)
-            )
-            grid = torch.tensor(self.config.grid or [], dtype=torch.float64, device="cpu")
-            result = average_velocity(self.config.policy, grid, result.to(sample.dtype), sample, t, s)
+            result = called(self.config.policy, self.config.grid, result, sample, timestep, target_timestep)
         return UNet2DOutput(sample=result) if return_dict else (result,)
 
     def _native(self, condition: object, x: Tensor, time: Tensor) -> Tensor:
