@@ -4,6 +4,7 @@ The networks: a U-Net, DiT, and the MMDiT of Stable Diffusion 3.
 """
 
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import tiny
@@ -85,7 +86,7 @@ def test_the_error_of_central_differences_falls_with_the_square_of_their_width(f
         exactly = jvp(u, point, along)
         errors = [apart(jvp(u, point, along, method="central", step=h), exactly) for h in widths]
         assert exactly.norm() > 0.1 * u(*point).norm(), "it has an effect"
-    for wide, narrow in zip(errors, errors[1:], strict=False):
+    for wide, narrow in pairwise(errors):
         assert wide / narrow == pytest.approx(4, abs=0.02)
 
 

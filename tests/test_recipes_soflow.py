@@ -1,6 +1,7 @@
 """Recipe soflow at its exact solution (sheet pretrain-tune 2.7): jumps that start later end at the same point."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_the_error_of_the_flow_map_is_of_the_order_of_the_step():  # T1
         (laws.stepwise(exact.FLOW_MAP, x, t, s, {}, exact.FIELD(x, t, {}), r) - u).square().mean().sqrt().item()
         for r in (0.02, 0.01, 0.005, 0.0025)
     ]
-    for coarse, fine in zip(gaps, gaps[1:], strict=False):
+    for coarse, fine in pairwise(gaps):
         assert coarse / fine == pytest.approx(2, rel=0.02)
 
 

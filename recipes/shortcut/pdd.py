@@ -116,5 +116,5 @@ class Recipe:
             most = (blocks - n - (steps - i)).clamp(max=(c.longest or c.intervals) // c.shortest)
             m = n + 1 + (ctx.draw.uniform(f"length{i}", x) * most).long()
             t, s = grid[n * c.shortest].float(), grid[m * c.shortest].float()
-            x, n = x + like(s - t, x) * student(x, t, s, cond), m
+            x, n = x + like(s - t, x) * student.average(student(x, t, None, cond), x, t, s), m
         return x, n * c.shortest
