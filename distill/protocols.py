@@ -126,7 +126,8 @@ class Teacher(Protocol):
     def layers(self) -> Sequence[str]: ...  # names of the layers that `features` accepts, in the order of the network
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]: ...
     def null(self, cond: Cond) -> Cond: ...  # the null condition
-    def guided(self, guidance_scale: float) -> VelocityField: ...  # 1: no guidance
+    # 1: no guidance. A range of scales (low, high): each sample has its own, cond["guidance_scale"] [B].
+    def guided(self, guidance_scale: float | tuple[float, float]) -> VelocityField: ...
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ def test_shipped_files_stand_alone():
         "acceleration_mlp",
         "acceleration_unet",
         "linear_path",
+        "guidance_input",
     }
     names = networks | {"velocity_call", "flow_map_call", "acceleration_call", "second_time"}
     students = ROOT / "distill" / "students"

@@ -190,7 +190,7 @@ def test_what_a_plan_shows_of_the_data(tmp_path):
 def test_each_image_of_a_batch_comes_with_the_row_of_its_prompt(tmp_path):
     loaded = data.load_data(spec(beside(tmp_path / "set")), 0)
     table = ConditionTable(HeldRows({"embedding": torch.tensor([[0.5], [1.5], [2.5]])}))
-    source = CollatedBatches.of(data.DataSource(loaded, 4, 3), table)
+    source = CollatedBatches.of(data.DataSource(loaded, 4, 3), table, 3)
     for step in range(3):
         found = source.batch(step, Rows(0, 4, 4))
         levels = ((found.data[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()

@@ -63,7 +63,7 @@ def test_the_field_is_finite_at_both_ends(folder):
 def test_an_oracle_gives_back_its_velocity():
     truth = GaussianField(torch.tensor([0.3]), torch.tensor([0.5]), edm())  # of data in [-1, 1]
 
-    def network(x, sigma, class_labels):
+    def network(x, sigma):
         t, x = 2 * sigma / (1 + 2 * sigma), 2 * x.reshape(3, 1) - 1
         noise = edm().convert(x, truth(x, t, {}), t, "velocity", "epsilon")
         return UNet2DOutput(sample=(-noise / sigma[:, None]).reshape(3, 1, 1, 1))

@@ -58,6 +58,12 @@ def sample(
             "encoders. By default the teacher of the student's run."
         ),
     ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale, for students that take it as an input; by default the middle of their range."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     store: StoreOption = None,
 ) -> None:
@@ -90,6 +96,7 @@ def sample(
         folder, out, like=like, prompts=texts, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedule_along(schedule, along, steps, runs, place),
         fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
+        guidance=guidance,
     )  # fmt: skip
     if said := step_numbers.untrained(card, [steps]):
         say_error(f"warning: {said}")

@@ -56,6 +56,23 @@ Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Positive = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+GuidanceRange = tuple[float, float]
+"""(low, high) of the guidance scales that a network takes as an input."""
+
+
+def middle(guidance_range: GuidanceRange) -> float:
+    """The scale of this range that is used unless another is given."""
+    return sum(guidance_range) / 2
+
+
+def checked_range(given: GuidanceRange) -> GuidanceRange:
+    """The range, if it is one."""
+    if not 1 <= given[0] < given[1] <= 10_000:
+        raise PydanticCustomError("not_a_range", "two numbers [low, high] with 1 <= low < high <= 10000")
+    return given
+
+
+CheckedRange = Annotated[GuidanceRange, Field(strict=False), AfterValidator(checked_range)]  # JSON has no tuples
 Fraction = Annotated[float, Field(ge=0, le=1)]
 EmaLength = Annotated[float, Field(ge=0.01, le=0.28)]
 """Standard deviation of the times that an average of weights covers, relative to the training; 0.289 is all of it."""

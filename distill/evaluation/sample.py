@@ -14,6 +14,7 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
 from distill.exchange import student_card
+from distill.flow.conditioning import with_guidance
 from distill.flow.draws import sample_labels, sample_noise
 from distill.spec.model import CheckpointTeacher, TeacherSpec
 from distill.students import fitted, loaded
@@ -41,6 +42,7 @@ def write_samples(
     like: TeacherSpec | None = None,
     along: Callable[[LoadedStudent], Sequence[float]] | None = None,
     fit: Callable[[LoadedStudent], FittedSolver] | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Write samples of a student as a picture (.png), or with their noises and labels (.safetensors).
 
@@ -49,6 +51,7 @@ def write_samples(
     labels: one class for all samples, one class for each sample, or None for all classes in turn.
     along: returns the step times to use; None: the student's times for this number of steps.
     fit: returns the solver to use; None: the student's sampler.
+    guidance: the guidance scale, for students that take it as an input; None: the middle of their range.
 
     InputError for options that do not fit the student; RunError if a sample is not finite.
     """
@@ -63,6 +66,7 @@ def write_samples(
     with with_prompts(like, prompts, like, device) as given:
         refuse_without_prompts(folder, given)
         student = loaded.load_student(folder, device, given)
+    conditioning = with_guidance(student.conditioning, guidance, "--guidance")
     times = times_of(student, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
     noise = sample_noise(seed, range(count), student.shape)
@@ -71,7 +75,7 @@ def write_samples(
     block = min(BLOCK, student.codec.together(student.shape))
     for start in range(0, count, block):
         rows = slice(start, start + block)
-        cond = {} if classes is None else student.conditioning.collate(classes[rows].to(device))
+        cond = {} if classes is None else conditioning.collate(classes[rows].to(device))
         further = [each[rows].to(device) for each in fresh]
         parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
     samples = torch.cat(parts)

@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 from distill.core import markdown, records
 from distill.core.atomic import remove_unfinished, write_atomic
 from distill.core.errors import InputError
-from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
+from distill.core.field_types import LINE, CheckedRange, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
 from distill.exchange import lora_use, measured, step_numbers
@@ -27,7 +27,7 @@ from distill.spec.model import is_path
 FILE_NAME, README = "distill.json", "README.md"
 # fields that cards of earlier versions do not have
 ADDED = {"fitted", "guidance", "lora", "base_digest", "trained_steps", "table_times", "stock"}
-ADDED |= {"is_distilled", "nfe", "pipeline", "size", "dtype", "embedded_guidance"}
+ADDED |= {"guidance_range", "is_distilled", "nfe", "pipeline", "size", "dtype", "embedded_guidance"}
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -137,7 +137,9 @@ class StudentCard(FrozenModel):
     shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
     guidance_scale: Number = 1.0
-    """classifier-free guidance scale that the student has learnt; 1 = none"""
+    """classifier-free guidance scale that the student has learnt; 1 = none; of guidance_range, the middle"""
+    guidance_range: CheckedRange | None = None
+    """guidance scales [low, high] that its network takes as an input; null: it takes none"""
     guidance: Line = ""
     """how its pairs were guided, in words, if there was more to it than guidance_scale"""
     embedded_guidance: Annotated[Number, Field(ge=0, le=10_000)] | None = None

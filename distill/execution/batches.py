@@ -6,8 +6,8 @@ import torch
 
 from distill import pairs
 from distill.data import DataSet, DataSource
-from distill.flow.conditioning import ClassLabels
-from distill.flow.draws import Rows
+from distill.flow.conditioning import ClassLabels, WithGuidance
+from distill.flow.draws import Rows, StepDraw
 from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.run_store import RunPaths
 from distill.spec.model import TrainStage
@@ -34,7 +34,7 @@ def of_stage(
     real = None
     if data is not None:
         found = DataSource(data, stage.batch_size, seed, labels=labels, sizes=labels and not _is_plain(conditioning))
-        real = CollatedBatches.of(found, conditioning)
+        real = CollatedBatches.of(found, conditioning, seed)
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
         return real, {}
@@ -44,7 +44,7 @@ def of_stage(
     world.meet("after the checksums of the pairs")  # each rank has verified a part of them
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
     source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    source = CollatedBatches.of(source, conditioning)
+    source = CollatedBatches.of(source, conditioning, seed)
     digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
     return source if real is None else pairs.Beside(source, real), digests
 
@@ -55,18 +55,26 @@ class CollatedBatches:
 
     source: Source
     conditioning: Conditioning
+    seed: int
 
     @classmethod
-    def of(cls, source: Source, conditioning: Conditioning) -> Source:
+    def of(cls, source: Source, conditioning: Conditioning, seed: int) -> Source:
         """`source` with conditions, or `source` itself if its indices are the conditions."""
-        return source if _is_plain(conditioning) else cls(source, conditioning)
+        return source if _is_plain(conditioning) else cls(source, conditioning, seed)
 
     def batch(self, step: int, rows: Rows) -> Batch:
         found = self.source.batch(step, rows)
-        return replace(found, cond=self._collated(found.cond), data_cond=self._collated(found.data_cond))
+        conditions = (self._collated(each, step, rows) for each in (found.cond, found.data_cond))
+        return replace(found, cond=next(conditions), data_cond=next(conditions))
 
-    def _collated(self, cond: Cond) -> Cond:
-        return self.conditioning.collate(cond["class_labels"], cond.get("sizes")) if cond else cond
+    def _collated(self, cond: Cond, step: int, rows: Rows) -> Cond:
+        if not cond:
+            return cond
+        collated = self.conditioning.collate(cond["class_labels"], cond.get("sizes"))
+        if not isinstance(self.conditioning, WithGuidance):
+            return collated
+        draw = StepDraw(self.seed, step, 0, rows)  # each sample gets a guidance scale
+        return self.conditioning.between(collated, draw.uniform("guidance scale of the batch", cond["class_labels"]))
 
 
 def _is_plain(conditioning: Conditioning) -> bool:

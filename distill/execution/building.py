@@ -12,12 +12,14 @@ from distill.core.errors import InputError
 from distill.data import DataSet
 from distill.data.encoded import codec_of, sample_shape
 from distill.flow.codecs import PIXELS
+from distill.flow.conditioning import guidance_of
 from distill.flow.interpolants import linear
 from distill.networks.quantised import held_bytes
 from distill.networks.sharing import has_base, is_shared
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Frozen, Recipe
 from distill.spec import registry
+from distill.spec.guidancespec import input_mistake
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import TrainStage, UNetSpec
 from distill.spec.resolved import ResolvedRecipe
@@ -93,7 +95,7 @@ def of_stage(
     before = {each for each in (stage.teacher, stage.init) if each is not None}
     known = not before or (bool(stage.lora) and before <= earlier.keys())  # adapters start from what is known
     if stage.teacher is None and teacher is not None:
-        teacher.guided(recipe.guidance_scale)
+        teacher.guided(recipe.guidance_range or recipe.guidance_scale)
     if stage.student is not None and (origin := _origin(stage, teacher, earlier)) is not None:
         smaller.check(origin, stage.student.config)
     try:
@@ -181,6 +183,10 @@ def start(
     shape = samples.shape
     if data is not None and samples is data:
         shape = sample_shape(data, PIXELS if known is None else known.codec)
+    starts = None if stage.network is not None or origin is None else guidance_of(origin.conditioning)
+    teaches = None if teacher is None else guidance_of(teacher.conditioning)
+    if said := input_mistake(recipe.guidance_range, starts, teaches, recipe.needs):
+        raise InputError(said)
     init = StudentInit(
         origin,
         stage.network,
@@ -191,6 +197,7 @@ def start(
         stage.dropout,
         shares=bool(stage.lora),
         changes=None if stage.student is None else stage.student.config,
+        guidance_range=recipe.guidance_range,
     )
     if data is not None and "data" in recipe.needs:
         _check_buckets(init, data)

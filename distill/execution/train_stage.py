@@ -113,6 +113,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         null_class=init.null_class,
         unconditional=asked.unconditional,
         guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
+        guidance_range=init.guidance_range,
         guidance=work.spec.guidance_of_pairs(stage).more_words,
         weights=stage.export,
         images=stage.images,

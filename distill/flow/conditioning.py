@@ -1,12 +1,14 @@
 """Conditioning on class labels or on rows of a table, and no conditioning."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange, middle
 from distill.protocols import Cond, Conditioning
 
 
@@ -128,6 +130,69 @@ class ConditionTable:
             null = {name: each[0].to(device, self._dtype(name, each)) for name, each in (self.null_rows or {}).items()}
             self._placed[device] = (null, {name: each.to(device) for name, each in self.constants.items()})
         return self._placed[device]
+
+
+GUIDANCE_SCALE = "guidance_scale"
+
+
+@dataclass(frozen=True)
+class WithGuidance:
+    """Conditions with a guidance scale, cond["guidance_scale"] [B] float32, for a network that takes it as an input.
+
+    guidance_range: (low, high) of the scales that the network knows. scale: of all samples; None: the middle.
+    """
+
+    given: Conditioning
+    guidance_range: GuidanceRange
+    scale: float | None = None
+
+    @property
+    def count(self) -> int | None:
+        return self.given.count
+
+    @property
+    def has_null(self) -> bool:
+        return self.given.has_null
+
+    def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
+        scale = middle(self.guidance_range) if self.scale is None else self.scale
+        return {
+            **self.given.collate(indices, sizes),
+            GUIDANCE_SCALE: torch.full(indices.shape, scale).to(indices.device),
+        }
+
+    def null(self, cond: Cond) -> Cond:
+        return {**self.given.null(without_guidance(cond)), GUIDANCE_SCALE: cond[GUIDANCE_SCALE]}
+
+    def between(self, cond: Cond, uniform: Tensor) -> Cond:
+        """`cond` with a scale for each sample: from low to high, at `uniform` [B] in [0, 1)."""
+        low, high = self.guidance_range
+        return {**cond, GUIDANCE_SCALE: low + (high - low) * uniform}
+
+
+def without_guidance(cond: Cond) -> Cond:
+    """The condition without the guidance scale."""
+    return {name: each for name, each in cond.items() if name != GUIDANCE_SCALE}
+
+
+def guidance_of(conditioning: Conditioning) -> GuidanceRange | None:
+    """The range of guidance scales that a network takes as an input; None if it takes none."""
+    return conditioning.guidance_range if isinstance(conditioning, WithGuidance) else None
+
+
+def with_guidance(conditioning: Conditioning, scale: float | None, where: str) -> Conditioning:
+    """The conditions with this guidance scale; None: as they are. InputError if the network does not take it.
+
+    where: the option that gives the scale, for the message.
+    """
+    if scale is None:
+        return conditioning
+    if not isinstance(conditioning, WithGuidance):
+        raise InputError(f"{where} {scale:g}: this student does not take a guidance scale; leave it out")
+    low, high = conditioning.guidance_range
+    if not low <= scale <= high:
+        raise InputError(f"{where} {scale:g}: this student was trained for guidance scales from {low:g} to {high:g}")
+    return replace(conditioning, scale=scale)
 
 
 def _repeated(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

@@ -8,11 +8,13 @@ over a sample are computed in float32 or better.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from distill.core.errors import InputError
+from distill.flow.conditioning import GUIDANCE_SCALE, without_guidance
 from distill.flow.fields import ROUNDING, calls_per_sample
 from distill.flow.interpolants import like
 from distill.flow.solvers import on_linear_path
@@ -21,16 +23,17 @@ from distill.spec.guidancespec import ALWAYS, RESCALE, GuidanceSpec, Interval, b
 
 TINY = 1e-12  # lower limit of a norm that is divided by
 
+Scale: TypeAlias = float | Tensor  # a number, or one for each sample, [B, 1, ..., 1]
 # (x_t, t, velocity with condition, other velocity, guidance scale) -> guided velocity; tensors [B, ...] and t [B]
-Combine = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Scale], Tensor]
 
 
-def cfg(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+def cfg(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
     return other + scale * (v - other)
 
 
-def zero_star(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+def zero_star(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale) -> Tensor:
     """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886): the other velocity is first scaled to its best fit to v.
 
     The paper's zero velocities in the first steps are left out: they are wrong for an exact field.
@@ -40,7 +43,7 @@ def zero_star(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) ->
     return cfg(x_t, t, v, s * other, scale)
 
 
-def apg(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float, *, norm_limit: float = math.inf) -> Tensor:
+def apg(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale, *, norm_limit: float = math.inf) -> Tensor:
     """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), with eta = 0 and without momentum.
 
     The difference of the data predictions is shortened to the norm `norm_limit`, and its part along the data prediction
@@ -55,7 +58,7 @@ def apg(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float, *, norm_
     return v + (scale - 1) * (difference - _inner(difference, unit) * unit)
 
 
-def rescaled(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float, *, share: float = RESCALE) -> Tensor:
+def rescaled(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale, *, share: float = RESCALE) -> Tensor:
     """Guidance whose result is rescaled to the standard deviation of v (Lin et al. 2023, arXiv 2305.08891, eq. 15-16).
 
     share: of the rescaled velocity in the result; the rest is not rescaled. Samples need at least two values.
@@ -66,7 +69,7 @@ def rescaled(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float, *, 
     return share * like(std / std_guided.clamp(min=TINY), v) * guided + (1 - share) * guided
 
 
-def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale) -> Tensor:
     """Guidance whose result is rescaled to the norm of v, per sample (as in Lumina-Image 2.0 and Qwen-Image).
 
     These use the norm of each row of pixels or each token instead of that of the whole sample.
@@ -79,7 +82,7 @@ def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float)
 def two_scales(combine: Combine, boundary: float, second: float) -> Combine:
     """`combine` with another scale, `second`, at times below `boundary`: for two networks, each with its own scale."""
 
-    def combined(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+    def combined(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: Scale) -> Tensor:
         early, late = (combine(x_t, t, v, other, each) for each in (scale, second))
         return torch.where(like(t >= boundary, v), early, late)
 
@@ -111,6 +114,7 @@ class Guided:
     than the null condition.
 
     null: returns the null condition for as many rows as a condition has.
+    guidance_scale: None: each sample has its own, cond["guidance_scale"] [B], which the field does not get.
     combine: how the two velocities are combined.
     interval: of linear-path time; samples at other times (see `bounds`) are not guided and take one row instead of two.
     """
@@ -119,7 +123,7 @@ class Guided:
         self,
         field: VelocityField,
         null: Callable[[Cond], Cond],
-        guidance_scale: float,
+        guidance_scale: float | None,
         combine: Combine = cfg,
         interval: Interval = ALWAYS,
     ) -> None:
@@ -132,6 +136,11 @@ class Guided:
         if self.guidance_scale == 1:
             return self.field(x_t, t, cond)
         like(t, x_t)
+        scale: Scale
+        if self.guidance_scale is None:
+            scale, cond = like(cond[GUIDANCE_SCALE], x_t), without_guidance(cond)
+        else:
+            scale = self.guidance_scale
         null = self.null(cond)
         if not cond or cond.keys() != null.keys():
             raise ValueError(
@@ -141,7 +150,11 @@ class Guided:
         both = {name: torch.cat([cond[name], null[name][rows]]) for name in cond}
         velocities = self.field(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)  # [B + n, ...]
         v, v_null = velocities[: len(x_t)], velocities[len(x_t) :]
-        return _combined(self.combine, x_t, t, v, v_null, rows, self.guidance_scale)
+        return _combined(self.combine, x_t, t, v, v_null, rows, scale)
+
+    def by_sample(self) -> "Guided":
+        """The same with the scale of each sample, cond["guidance_scale"]."""
+        return Guided(self.field, self.null, None, self.combine, self.interval)
 
     def calls_at(self, t: Tensor) -> int:
         return (2 if _is_guided(t, self.guidance_scale, self.interval) else 1) * calls_per_sample(self.field, t)
@@ -221,16 +234,17 @@ def _rows(t: Tensor, interval: Interval) -> Tensor | slice:
     return slice(None) if interval == ALWAYS else _inside(t, interval).nonzero().squeeze(1)
 
 
-def _is_guided(t: Tensor, scale: float, interval: Interval) -> bool:
+def _is_guided(t: Tensor, scale: float | None, interval: Interval) -> bool:
     """Whether any row takes a second network call."""
     return scale != 1 and bool(_inside(t, interval).any())
 
 
 def _combined(
-    combine: Combine, x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, rows: Tensor | slice, scale: float
+    combine: Combine, x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, rows: Tensor | slice, scale: Scale
 ) -> Tensor:
     """v [B, ...] with its `rows` replaced by the guided velocity. other [n, ...]: the other velocity of these rows."""
-    guided = combine(x_t[rows], t[rows], v[rows], other, scale).to(v.dtype)
+    own = scale[rows] if isinstance(scale, Tensor) else scale
+    guided = combine(x_t[rows], t[rows], v[rows], other, own).to(v.dtype)
     return guided if isinstance(rows, slice) else v.index_copy(0, rows, guided)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.flow import autodiff
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.flow.smooth_times import smooth_times, time_embeddings
 from distill.protocols import Batch, Cond, Draw, Teacher, VelocityField
@@ -22,8 +23,8 @@ class PathOptions(BaseModel):
     velocity: Literal["teacher", "data", "pairs"] = "teacher"
     """velocity v of the paths: the teacher's; or noise - data, of real data (data), which needs no teacher, or of the
     teacher's pairs (pairs), which are those of a rectified flow after reflow"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
 
     @model_validator(mode="after")
     def _path_has_effect(self) -> Self:

@@ -1,6 +1,7 @@
 """Builds networks with fresh weights from a spec. The same spec and seed always give bitwise the same weights."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange
 from distill.core.space import human
 from distill.flow.draws import key, sample_noise
 from distill.networks.acceleration_mlp import AccelerationMLP
@@ -78,11 +80,29 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
             more = _linear(network) | {"second_time_waves": SECOND_TIME_WAVES}
             grown = FlowMapUNet2DModel.from_config(network.config, **more)
     weights = dict(network.state_dict())
-    if "class_embedding.weight" in weights:
-        weights[grown.class_weight] = weights.pop("class_embedding.weight")
+    if isinstance(grown, FlowMapUNet2DModel):  # whose `class_embedding` contains that of the velocity network
+        weights = {re.sub(r"^class_embedding\.", "class_embedding.classes.", name): t for name, t in weights.items()}
     added = {name: t for name, t in grown.state_dict().items() if name not in weights}
     assert all("gap." in name for name in added), sorted(added)
     grown.load_state_dict({**weights, **added})
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def with_guidance(network: ModelMixin, guidance_range: GuidanceRange, seed: int) -> ModelMixin:
+    """Makes a network that takes the guidance scale as a further input, on which it does not depend at first.
+
+    The network is a velocity network of the linear path, or a flow map. Only the weights of the additional input are
+    random; they depend on `seed`.
+    """
+    added: dict[str, object] = {"guidance_range": [*guidance_range]}
+    target: type[ModelMixin] = type(network)
+    if target is UNet2DModel:
+        target, added = VelocityUNet2DModel, added | _linear(network)
+    with drawn(seed, "guidance"):
+        grown: ModelMixin = target.from_config(network.config, **added)
+    weights = dict(network.state_dict())
+    own = {name: t for name, t in grown.state_dict().items() if "guidance." in name}
+    grown.load_state_dict({**own, **weights})
     return grown.to(next(network.parameters()).device).train(network.training)
 
 

@@ -37,6 +37,7 @@ class FlowMapEdmUNet2DModel(VelocityEdmUNet2DModel):
         target_timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity like sample."""
         gap = torch.as_tensor(timestep, dtype=torch.float64) - torch.as_tensor(target_timestep, dtype=torch.float64)
@@ -44,7 +45,8 @@ class FlowMapEdmUNet2DModel(VelocityEdmUNet2DModel):
         k = torch.arange(1, self.config.second_time_waves + 1, dtype=torch.float32, device=gap.device)
         angle = gap.float()[:, None] * k * (math.pi / 2)  # [B, waves]
         further = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
-        velocity = self.velocity(sample, timestep, class_labels, further)
+        guided = self.guided(sample, guidance_scale)
+        velocity = self.velocity(sample, timestep, class_labels, further if guided is None else further + guided)
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
 
 

@@ -17,8 +17,6 @@ class FlowMapMLP(VelocityMLP):
     input, to which it is blind until it is trained.
     """
 
-    class_weight = "class_embedding.weight"  # where that of the velocity network lies
-
     # diffusers reads the arguments off the signature
     @functools.wraps(VelocityMLP.__init__)  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
@@ -34,9 +32,10 @@ class FlowMapMLP(VelocityMLP):
         target_timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, dim], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity [B, dim]."""
-        hidden = self.layers[0](self.inputs(sample, timestep, class_labels))
+        hidden = self.first(sample, timestep, class_labels, guidance_scale)
         hidden = hidden + self.gap(self.times(sample, torch.as_tensor(timestep) - torch.as_tensor(target_timestep)))
         velocity = self.layers[1:](hidden)
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)

@@ -26,8 +26,8 @@ class Conditions(nn.Module):
         nn.init.zeros_(self.gap[2].weight)
         nn.init.zeros_(self.gap[2].bias)
 
-    def forward(self, given: tuple[Tensor | None, Tensor]) -> Tensor:
-        """(class_labels [B] or None, t - s [B]) -> [B, dim]."""
+    def forward(self, given: tuple[object, Tensor]) -> Tensor:
+        """(what `classes` embeds, such as class_labels [B], or None; t - s [B]) -> [B, dim]."""
         class_labels, gap = given
         k = torch.arange(1, self.waves + 1, dtype=torch.float32, device=gap.device)
         angle = gap.float()[:, None] * k * (math.pi / 2)  # [B, waves]
@@ -38,7 +38,8 @@ class Conditions(nn.Module):
             return embedded
         if class_labels is None:
             raise ValueError("a class-conditional network needs class_labels")
-        return embedded + self.classes(class_labels)
+        total: Tensor = embedded + self.classes(class_labels)
+        return total
 
 
 class FlowMapUNet2DModel(VelocityUNet2DModel):
@@ -48,9 +49,6 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
     of t - s. Without it, it is the velocity. second_time_waves: of this embedding; older students, whose configs do not
     say so, have 16. The other arguments are those of VelocityUNet2DModel.
     """
-
-    class_weight = "class_embedding.classes.weight"  # where class_embedding.weight of the velocity network lies
-    class_embedding: nn.Module | None
 
     def __init__(self, *args: object, second_time_waves: int = 16, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -65,11 +63,13 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
         target_timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity like sample."""
         gap = torch.as_tensor(timestep, dtype=torch.float64) - torch.as_tensor(target_timestep, dtype=torch.float64)
         gap = gap.to(sample.device).expand(sample.shape[0]) / 1000
-        velocity = self.velocity(sample, timestep, (class_labels, gap))
+        condition = self.condition(sample, class_labels, guidance_scale)
+        velocity = self.velocity(sample, timestep, (condition, gap))
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
 
 

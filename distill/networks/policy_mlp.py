@@ -28,8 +28,16 @@ class PolicyMLP(VelocityMLP):
         depth: int = 3,
         num_class_embeds: int | None = None,
         frequencies: int = 16,
+        guidance_range: list[float] | None = None,
     ) -> None:
-        super().__init__(dim=dim, width=width, depth=depth, num_class_embeds=num_class_embeds, frequencies=frequencies)
+        super().__init__(
+            dim=dim,
+            width=width,
+            depth=depth,
+            num_class_embeds=num_class_embeds,
+            frequencies=frequencies,
+            guidance_range=guidance_range,
+        )
         self.layers[-1] = nn.Linear(width, outputs * dim)
 
     def forward(  # type: ignore[override]
@@ -39,12 +47,14 @@ class PolicyMLP(VelocityMLP):
         target_timestep: Tensor | float | int | None = None,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, dim], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity [B, dim].
 
         If target_timestep is None: -> outputs [B, M, dim].
         """
-        result = self.layers(self.inputs(sample, timestep, class_labels)).unflatten(1, (-1, self.config.dim))
+        hidden = self.first(sample, timestep, class_labels, guidance_scale)
+        result = self.layers[1:](hidden).unflatten(1, (-1, self.config.dim))
         if target_timestep is not None:
             result = called(self.config.policy, self.config.grid, result, sample, timestep, target_timestep)
         return UNet2DOutput(sample=result) if return_dict else (result,)

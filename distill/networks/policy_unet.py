@@ -30,15 +30,17 @@ class PolicyUNet2DModel(VelocityUNet2DModel):
         target_timestep: Tensor | float | int | None = None,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity like sample.
 
         If target_timestep is None: -> outputs [B, M, C, H, W].
         """
+        condition = self.condition(sample, class_labels, guidance_scale)
         if self.config.path in ("linear", "inverted"):
-            result = self.velocity(sample, timestep, class_labels).unflatten(1, (-1, sample.shape[1]))
+            result = self.velocity(sample, timestep, condition).unflatten(1, (-1, sample.shape[1]))
         else:  # each output is converted to a velocity, with the same sample
-            result = self.velocity(sample[:, None], timestep, class_labels)
+            result = self.velocity(sample[:, None], timestep, condition)
         if target_timestep is not None:
             result = called(self.config.policy, self.config.grid, result, sample, timestep, target_timestep)
         return UNet2DOutput(sample=result) if return_dict else (result,)

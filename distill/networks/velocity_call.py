@@ -6,5 +6,7 @@ from torch import Tensor, nn
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """v(x_t, t, cond) on the linear path, like x_t [B, ...]; t [B] in [0, 1]. The network is called with 1000 t."""
-    return network(x_t, 1000 * t, class_labels=cond.get("class_labels")).sample.to(x_t.dtype)
+    """v(x_t, t, cond) on the linear path, like x_t [B, ...]; t [B] in [0, 1]. The network is called with 1000 t, and
+    with what `cond` has, by name.
+    """
+    return network(x_t, 1000 * t, **cond).sample.to(x_t.dtype)

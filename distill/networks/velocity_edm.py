@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from .edm_unet import DhariwalUNet2DModel, SongUNet2DModel
+from .guidance_input import GuidanceInput, scales
 from .linear_path import edm_velocity
 
 
@@ -20,7 +21,8 @@ class VelocityEdmUNet2DModel(ModelMixin, ConfigMixin):
 
     design: "song" (SongUNet2DModel) or "dhariwal" (DhariwalUNet2DModel), which is `network`. sigma_data, sigma_min and
     sigma_max are the network's own, sign is that of its output, as in `edm_velocity`. num_class_embeds: K + 1 for a
-    network with K classes; the class K is the null class. The other arguments are the network's.
+    network with K classes; the class K is the null class. guidance_range: [low, high] of the guidance scales that it
+    takes as a further input; None: none. The other arguments are the network's.
     """
 
     @register_to_config
@@ -46,6 +48,7 @@ class VelocityEdmUNet2DModel(ModelMixin, ConfigMixin):
         time_channels_multiplier: int = 1,
         encoder_type: str = "standard",
         filter_taps: Sequence[int | float] = (1, 1),
+        guidance_range: list[float] | None = None,
     ) -> None:
         super().__init__()
         common = {
@@ -73,6 +76,8 @@ class VelocityEdmUNet2DModel(ModelMixin, ConfigMixin):
             self.network = DhariwalUNet2DModel(**common)
         else:
             raise ValueError(f"design={design!r}; valid: 'song', 'dhariwal'")
+        width = self.network.time_out.out_features
+        self.guidance = None if guidance_range is None else GuidanceInput(guidance_range, width)
 
     def forward(
         self,
@@ -80,10 +85,16 @@ class VelocityEdmUNet2DModel(ModelMixin, ConfigMixin):
         timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W] on the linear path, timestep = 1000 t (a number or [B]) -> velocity [B, C, H, W]."""
-        velocity = self.velocity(sample, timestep, class_labels, None)
+        velocity = self.velocity(sample, timestep, class_labels, self.guided(sample, guidance_scale))
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+    def guided(self, sample: Tensor, guidance_scale: Tensor | float | None) -> Tensor | None:
+        """The embedding of the guidance scale, [B, E]; None if the network takes none."""
+        given = scales(self.config.guidance_range, guidance_scale, sample)
+        return None if given is None or self.guidance is None else self.guidance(given)
 
     def velocity(
         self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None, further: Tensor | None

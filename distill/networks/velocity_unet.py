@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import Tensor
+from torch import Tensor, nn
 
+from .guidance_input import ClassesAndGuidance, scales
 from .linear_path import edm_velocity, log_sigmas, ve_velocity, vp_velocity
 
 
@@ -26,7 +27,8 @@ class VelocityUNet2DModel(UNet2DModel):
     negative) are the network's own.
     path "ve": a network that is called with sigma, from sigma_min to sigma_max, and predicts the score of images in
     [0, 1].
-    The state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
+    guidance_range: [low, high] of the guidance scales that it takes as a further input; None: none.
+    Without it, the state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
     """
 
     @register_to_config
@@ -66,6 +68,7 @@ class VelocityUNet2DModel(UNet2DModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        guidance_range: list[float] | None = None,
     ) -> None:
         valid = {
             "vp": ("epsilon", "sample", "v_prediction"),
@@ -106,6 +109,11 @@ class VelocityUNet2DModel(UNet2DModel):
             num_class_embeds=num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
+        if guidance_range is not None:
+            if num_class_embeds is None or class_embed_type is not None:
+                raise ValueError("guidance_range needs num_class_embeds, and no class_embed_type")
+            width = self.time_embedding.linear_2.out_features
+            self.class_embedding: nn.Module | None = ClassesAndGuidance(num_class_embeds, guidance_range, width)
         # Not a buffer: it must stay float64 whatever the network is cast to.
         self._log_sigma = torch.empty(0, dtype=torch.float64, device="cpu")
         if alphas_cumprod is not None:
@@ -117,10 +125,20 @@ class VelocityUNet2DModel(UNet2DModel):
         timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        guidance_scale: Tensor | float | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W] on the linear path, timestep = 1000 t (a number or [B]) -> velocity [B, C, H, W]."""
-        velocity = self.velocity(sample, timestep, class_labels)
+        velocity = self.velocity(sample, timestep, self.condition(sample, class_labels, guidance_scale))
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+    def condition(
+        self, sample: Tensor, class_labels: Tensor | None, guidance_scale: Tensor | float | None
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """What `class_embedding` embeds: class labels [B], with the guidance scales [B] if it takes these."""
+        given = scales(self.config.guidance_range, guidance_scale, sample)
+        if given is not None and class_labels is None:
+            raise ValueError("a class-conditional network needs class_labels")
+        return class_labels if given is None or class_labels is None else (class_labels, given)
 
     def velocity(self, sample: Tensor, timestep: Tensor | float | int, condition: object) -> Tensor:
         """condition: what `class_embedding` embeds."""

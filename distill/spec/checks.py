@@ -83,6 +83,9 @@ def _mistakes(found: Resolved) -> Iterator[str]:
             yield from rolechecks.mistakes(found, stage, where)
             yield from _train(found, stage, recipe, where)
             yield from _guidance(found, stage, FieldSettings(recipe.guidance_scale), f"{where}.options")
+            starts, teaches = found.guidance_range(stage.starts_from), found.guidance_range(stage.teacher)
+            if said := guidancespec.input_mistake(recipe.guidance_range, starts, teaches, recipe.needs):
+                yield f"{where}: {said}"
         elif isinstance(stage, PairsStage):
             yield from _pairs(found, stage, where)
             yield from _guidance(found, stage, stage.field_settings, where)

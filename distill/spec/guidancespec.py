@@ -4,13 +4,13 @@ The fields themselves are in `flow.guidance`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from distill.core.field_types import Fraction, FrozenModel, Line, Name
+from distill.core.field_types import Fraction, FrozenModel, GuidanceRange, Line, Name
 from distill.solvers import find_solver
 from distill.spec import nfe
 from distill.spec.kinds import per_velocity
@@ -137,6 +137,43 @@ class FieldSettings:
 
 
 UNCHANGED = FieldSettings()
+
+
+def input_mistake(
+    wanted: GuidanceRange | None, own: GuidanceRange | None, teacher: GuidanceRange | None, needs: Collection[str]
+) -> str | None:
+    """What is wrong with the guidance scale as an input of a train stage's student; None: nothing.
+
+    wanted: the range in the options of its recipe. own: that of the network it starts from. teacher: that of its
+    teacher. needs: of the recipe.
+    """
+    if wanted is not None:
+        if own in (None, wanted):
+            return None
+        return (
+            f"guidance_scale: {_listed(wanted)} given, but the network that this stage starts from takes scales from "
+            f"{own[0]:g} to {own[1]:g}; give the same range"
+        )
+    if own is None:
+        if teacher is None or "teacher" not in needs or "pairs" in needs:
+            return None
+        return (
+            f"the teacher takes guidance scales from {teacher[0]:g} to {teacher[1]:g} as an input, but the network "
+            "that this stage starts from takes none; start from the teacher"
+        )
+    given = f"the network that this stage starts from takes guidance scales from {own[0]:g} to {own[1]:g}, but"
+    if "pairs" in needs:
+        return f"{given} the pairs that it is trained on have one scale; start from another network"
+    if "teacher" in needs and teacher == own:
+        return None
+    return (
+        f"{given} what it is trained on does not depend on them; set options.guidance_scale to {_listed(own)}, or name "
+        "as the teacher a student that takes the same scales"
+    )
+
+
+def _listed(guidance_range: GuidanceRange) -> str:
+    return "[{:g}, {:g}]".format(*guidance_range)
 
 
 def mistakes(settings: FieldSettings, prefix: str) -> Iterator[str]:

@@ -214,6 +214,11 @@ class TrainStage(FrozenModel):
     checkpoint: CheckpointSpec = CheckpointSpec()
 
     @property
+    def starts_from(self) -> str | None:
+        """The stage whose student it starts from; None: the spec's teacher, or a new network."""
+        return None if self.network is not None else self.init or self.teacher
+
+    @property
     def averages(self) -> list[float]:
         """The half-lives and lengths of the averages of the student's weights."""
         return [*self.ema_half_lives, *self.ema_lengths]

@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ValidationError
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange, middle
 from distill.core.importing import Importing
 from distill.core.text import suggest
 from distill.spec import schema
@@ -78,12 +79,19 @@ class Guiding(Protocol):
     """A Config that distils a teacher with classifier-free guidance."""
 
     @property
-    def guidance_scale(self) -> float: ...  # 1 = none
+    def guidance_scale(self) -> float | GuidanceRange: ...  # 1 = none
 
 
 def guidance_scale(config: RecipeConfig) -> float:
-    """Classifier-free guidance scale with which a recipe calls its teacher; 1 = none."""
-    return config.guidance_scale if isinstance(config, Guiding) else 1.0
+    """Classifier-free guidance scale with which a recipe calls its teacher; 1 = none. Of a range, the middle."""
+    given = config.guidance_scale if isinstance(config, Guiding) else 1.0
+    return middle(given) if isinstance(given, tuple) else given
+
+
+def guidance_range(config: RecipeConfig) -> GuidanceRange | None:
+    """The range of guidance scales that the student takes as an input; None: it has one scale, or is not guided."""
+    given = config.guidance_scale if isinstance(config, Guiding) else 1.0
+    return given if isinstance(given, tuple) else None
 
 
 @runtime_checkable

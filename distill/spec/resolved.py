@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange
 from distill.spec import registry, schema, specfile
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
@@ -48,8 +49,13 @@ class ResolvedRecipe:
 
     @property
     def guidance_scale(self) -> float:
-        """Classifier-free guidance scale with which the recipe calls its teacher; 1 = none."""
+        """Classifier-free guidance scale with which the recipe calls its teacher; 1 = none. Of a range, the middle."""
         return registry.guidance_scale(self.config)
+
+    @property
+    def guidance_range(self) -> GuidanceRange | None:
+        """The range of guidance scales that the student takes as an input, if it takes one."""
+        return registry.guidance_range(self.config)
 
     @property
     def rows_together(self) -> int:
@@ -74,6 +80,17 @@ class Resolved:
     """train stage -> its recipe"""
     failed: Mapping[str, str]
     """train stage whose recipe cannot be used -> why"""
+
+    def guidance_range(self, stage: str | None) -> GuidanceRange | None:
+        """The range of guidance scales that the student of a train stage takes as an input; None also if not known."""
+        seen: set[str] = set()
+        while stage is not None and stage in self.recipes and stage not in seen:
+            if (found := self.recipes[stage].guidance_range) is not None:
+                return found
+            seen.add(stage)
+            train = self.spec.stages[stage]
+            stage = train.starts_from if isinstance(train, TrainStage) else None
+        return None
 
     def kind(self, stage: str | None) -> StudentKind | None:
         """The kind of a train stage's student; None if there is no such stage or its kind is unknown."""

@@ -117,7 +117,13 @@ def valid(described: Mapping[str, Any]) -> str:
         return ", ".join(map(str, described.get("enum", [described.get("const")])))
     if described.get("format") == "file-path":
         return "a file"
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "text",
+        "array": "a list",
+    }
     kind = str(described.get("type"))
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     bounds = [f"{sign} {_bound(described[bound])}" for bound, sign in signs.items() if bound in described]

@@ -19,6 +19,7 @@ from distill.core.atomic import new_folder
 from distill.core.errors import RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
+from distill.flow.conditioning import GUIDANCE_SCALE
 from distill.flow.draws import sample_labels, sample_noise
 from distill.networks.sharing import has_base, on_cpu, own_state
 from distill.networks.velocity import TIME_SCALE
@@ -132,11 +133,16 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     noise = sample_noise(CHECK_SEED, indices, card.shape)
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
     cond = {} if labels is None else {"class_labels": labels}
+    scale = None if card.guidance_range is None else card.guidance_range[1]
+    if scale is not None:
+        cond[GUIDANCE_SCALE] = torch.full((CHECK_BATCH,), scale)
     for steps in card.t_grids or CHECK_STEPS:
         fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
         more = [*fresh, *weights(card.fitted, steps)]
         ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, more)
-        theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
+        theirs = pipeline(
+            steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt", guidance_scale=scale
+        ).images
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
         if not error <= allowed:  # also true for NaN
             raise RunError(

@@ -9,8 +9,9 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ConditionTable, of_classes
+from distill.flow.conditioning import ConditionTable, guidance_of, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
@@ -22,6 +23,7 @@ from distill.networks.architectures import (
     kind_of,
     policy_of,
     two_times,
+    with_guidance,
     with_outputs,
 )
 from distill.networks.critic import Critic
@@ -34,7 +36,7 @@ from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Codec, Cond
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import NetworkSpec
-from distill.students import native, smaller
+from distill.students import guidance_inputs, native, smaller
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField, VeField
@@ -51,6 +53,8 @@ class StudentInit:
     shares: the networks share the frozen weights of the teacher, or of the source; see `adapting.trained`, which makes
     them trainable. InputError if the source is not the network of a latent-space pipeline.
     changes: to the config of the source's network, for a student of another size; see `smaller.of`.
+    guidance_range: of the guidance scales that the networks take as an input; None: as in the source. InputError for
+    networks that cannot take one.
 
     The attributes `num_classes` and `null_class` are those of the networks made here. A new network has the classes of
     the teacher, or of the samples if there is no teacher; with K classes its null class is K. A copied network must
@@ -70,6 +74,7 @@ class StudentInit:
         *,
         shares: bool = False,
         changes: Mapping[str, object] | None = None,
+        guidance_range: GuidanceRange | None = None,
     ) -> None:
         self.shares = shares
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
@@ -87,6 +92,7 @@ class StudentInit:
         custom = None if teacher is None else teacher.given
         self.conditioning = custom or of_classes(shown, shown)
         if network is not None:
+            self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range, is_native=False)
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
@@ -111,6 +117,18 @@ class StudentInit:
                 f"{source.description} has {source.num_classes or 'no'} classes, but {whose} {shown or 'none'}; start "
                 "from a network with the same classes, or from a new `network`"
             )
+        self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range, is_native=self.is_native)
+
+    @property
+    def guidance_range(self) -> GuidanceRange | None:
+        """The range of guidance scales that the networks take as an input; None: they take none."""
+        return guidance_of(self.conditioning)
+
+    def _with_guidance(self, network: ModelMixin) -> ModelMixin:
+        """The network with the guidance scale as an input, if the networks of this stage take it."""
+        if self.guidance_range is None or network.config.get("guidance_range") is not None:
+            return network
+        return with_guidance(network, self.guidance_range, self.seed)
 
     @property
     def is_native(self) -> bool:
@@ -162,6 +180,7 @@ class StudentInit:
 
         Otherwise the initial output of both its networks is the velocity of `velocity_field`.
         """
+        self._refuse_guidance("a network with an acceleration")
         network = self._network("velocity with its acceleration", "acceleration")
         if native.is_native(network):
             return native.acceleration(network, self._call())
@@ -172,6 +191,7 @@ class StudentInit:
 
         It starts from the teacher's weights, or from those of `velocity_field` if the teacher has none.
         """
+        self._refuse_guidance("a critic")
         if self.teacher is None or self.teacher.network is None:
             if self.network is None and self.source is not None and not _is_field(self.source):
                 raise InputError(
@@ -187,6 +207,13 @@ class StudentInit:
             network = self._start(self.teacher.network, None)
             return native.critic(network, self._called(native.call_of(self.teacher)), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
+
+    def _refuse_guidance(self, what: str) -> None:
+        if self.guidance_range is not None:
+            raise InputError(
+                f"{what} cannot take the guidance scale as an input, as the network that this stage starts from does; "
+                "start from another student, or from the teacher"
+            )
 
     def t_grid(self, steps: int) -> list[float]:
         """The times [steps + 1] along which a student is sampled; see `protocols.Init`."""
@@ -213,7 +240,7 @@ class StudentInit:
         what: the kind in words, for the message of the InputError.
         """
         if self.network is not None:
-            return build(self.network, self.shape, self.num_classes, self.seed)
+            return self._with_guidance(build(self.network, self.shape, self.num_classes, self.seed))
         assert self.source is not None
         if not _is_field(self.source) and kind_of(self.source.network) != kind:
             words = STUDENTS[kind_of(self.source.network)].words
@@ -233,7 +260,7 @@ class StudentInit:
             raise InputError(
                 f"{source.description}: exporting a student of class {name} is not supported; use a new `network`"
             )
-        return _copied(source, self.dropout)
+        return self._with_guidance(_copied(source, self.dropout))
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call, for as many rows as `cond`. InputError if the network has none."""

@@ -68,6 +68,7 @@ class DistilledPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         fresh: Sequence[Tensor] | Tensor | None = None,
+        guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples, as `.images`.
 
@@ -78,6 +79,7 @@ class DistilledPipeline(DiffusionPipeline):
         output_type: "pil" and "np" ([B, H, W, C] in [0, 1]) are clamped; "pt" is the tensor [B, *sample_shape] as the
         last step left it, around [-1, 1]. Vectors are returned as they are: "np" an array, otherwise a tensor.
         fresh: further noises like latents, as many as `num_fresh` says; None: drawn from `generator`.
+        guidance_scale: for students that take it as an input, within `unet.config.guidance_range`; None: its middle.
         """
         times = self._times(num_inference_steps)
         if output_type not in ("pil", "np", "pt"):
@@ -96,6 +98,7 @@ class DistilledPipeline(DiffusionPipeline):
         if self.config["fitted"]:
             more = [self._rows(len(times) - 1)]
         cond = {} if labels is None else {"class_labels": labels}
+        cond |= self._guidance(guidance_scale, batch_size, device)
         samples = self.sample(partial(self.call, self.unet), noise, times, cond, *more)
         images = self._finish(samples, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -171,6 +174,18 @@ class DistilledPipeline(DiffusionPipeline):
         if ((labels < 0) | (labels >= self.unet.config["num_class_embeds"])).any():
             raise ValueError(f"class_labels {labels.tolist()} are not all valid; this student knows 0 to {classes - 1}")
         return labels
+
+    def _guidance(self, scale: float | None, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """The guidance scale [B] by name, if the network takes it as an input."""
+        known = self.unet.config.get("guidance_range")
+        if known is None:
+            if scale is not None:
+                raise ValueError("guidance_scale was given, but this student does not take it; leave it out")
+            return {}
+        scale = sum(known) / 2 if scale is None else scale
+        if not known[0] <= scale <= known[1]:
+            raise ValueError(f"guidance_scale={scale}; this student knows {known[0]:g} to {known[1]:g}")
+        return {"guidance_scale": torch.full((batch_size,), float(scale), device=device)}
 
     def _finish(self, x: Tensor, output_type: str) -> object:
         if output_type == "pt":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.printing import say_error
-from distill.flow.conditioning import ClassLabels, ConditionTable
+from distill.flow.conditioning import ClassLabels, ConditionTable, WithGuidance
 from distill.flow.draws import sample_noise
 from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
@@ -390,4 +390,5 @@ def license_of(folder: Path, student: StudentFacts) -> str:
 
 def null_class(conditioning: Conditioning) -> int | None:
     """The class id of the null condition; None if there is none."""
-    return conditioning.null_class if isinstance(conditioning, ClassLabels) else None
+    given = conditioning.given if isinstance(conditioning, WithGuidance) else conditioning
+    return given.null_class if isinstance(given, ClassLabels) else None

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
 from distill.flow.fields import Indexed
@@ -107,12 +108,18 @@ class LoadedTeacher:
         field = self.field_with(settings)
         return field if self.given is None or isinstance(self.given, ClassLabels) else Indexed(field, self.given)
 
-    def guided(self, guidance_scale: float) -> VelocityField:
+    def guided(self, guidance_scale: float | GuidanceRange) -> VelocityField:
         """Returns the field with classifier-free guidance. With scale 1, it is the field itself.
+
+        With a range of scales, each sample has its own, cond["guidance_scale"].
 
         Raises InputError if there is no null condition, or if it was not trained.
         """
-        return self.field_with(FieldSettings(guidance_scale))
+        if isinstance(guidance_scale, float | int):
+            return self.field_with(FieldSettings(guidance_scale))
+        guided = self.field_with(FieldSettings(guidance_scale[1]))
+        assert isinstance(guided, Guided)
+        return guided.by_sample()
 
     def field_with(self, settings: FieldSettings) -> VelocityField:
         """Returns the field with guidance and epsilon scaling. Without either, it is the field itself.

@@ -16,8 +16,8 @@ PURE_NOISE = 1 - 1e-5  # later times of a VP table are those of pure noise, t = 
 
 
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Calls a network that has the signature of diffusers' UNet2DModel."""
-    output: Tensor = network(x_t, time, class_labels=cond.get("class_labels")).sample
+    """Calls a network that has the signature of diffusers' UNet2DModel, with what `cond` has, by name."""
+    output: Tensor = network(x_t, time, **cond).sample
     return output
 
 

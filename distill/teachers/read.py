@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
+from distill.core.field_types import CheckedRange
 from distill.core.regular_files import open_regular
 from distill.core.text import printable
 from distill.spec.samplingspec import is_path
@@ -90,6 +91,7 @@ class NetworkConfig(Read):
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
     frequencies: Annotated[int, Field(ge=0, le=16384)] = 16
     second_time_waves: Size = 16
+    guidance_range: CheckedRange | None = None
     outputs: Size = 1
     policy: Literal["", "steps", "data", "gaussian"] = ""
     grid: Annotated[list[float], Field(max_length=1025), AfterValidator(_times)] | None = None

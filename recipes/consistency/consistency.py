@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill.flow import distances, levels, solvers
 from distill.flow.fields import jump_to_data
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -29,8 +30,8 @@ class Config(levels.LevelOptions, distances.LpipsOptions):
 
     point: Literal["heun", "euler", "data"] = "heun"
     """how x_s is made: heun or euler: by this step of the teacher; data: from the same data and noise, no teacher"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """decay per step of the EMA that makes the target; grows with curriculum: ct; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise", "lpips"] = "pseudo_huber"

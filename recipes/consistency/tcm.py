@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distill.flow import distances, solvers, times
 from distill.flow.fields import jump_to_data
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -34,8 +35,8 @@ class Config(BaseModel):
 
     point: Literal["data", "euler", "heun"] = "euler"
     """how x_s is made: data: from the same data and noise, no teacher; euler or heun: by this step of the teacher"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     truncation: Annotated[float, Field(ge=0.05, le=0.95)] = 0.5
     """t', the lowest time that the student is trained for"""
     closeness: Annotated[float, Field(gt=0, le=0.5)] = 0.001

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from distill.flow import windows
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.times import discrete, one_of, uniform, window_grids
 from distill.flow.windows import Segment
 from distill.protocols import Batch, Cond, Context, Pairs, VelocityField
@@ -24,8 +25,8 @@ class WindowOptions(BaseModel):
     """number of equally spaced training times per window; 1: only its start, for K steps only; null: all times"""
     solver: Literal["euler", "heun"] = "euler"
     """solver of the teacher's path within a window"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
 
 
 def grids(borders: Tensor, levels: int | None) -> Mapping[int, Sequence[float]]:

@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.flow import distances, solvers
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
@@ -37,8 +38,8 @@ class Config(BaseModel):
 
     target: Literal["data", "teacher"] = "data"
     """how x_r is made: data: on the line between data and noise, no teacher; teacher: by its Euler step from x_t"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     segments: Annotated[int, Field(gt=0, le=100_000)] = 2
     """number of equal segments of time, K; the student takes one to four steps in each"""
     delta: Annotated[float, Field(gt=0)] = 1e-3

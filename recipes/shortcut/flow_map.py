@@ -7,10 +7,9 @@ With X = x_t + (s - t) u(x_t, t, s), a flow map satisfies each of these, and eac
 v is the teacher's, or (`velocity: self`) u at s = t, which a part of the batch learns from data: LSD, ESD and PSD. With
 `gradient: full`, gradients also flow through the derivative, as in terminal velocity matching (TVM, Zhou et al. 2025,
 arXiv 2511.19797; it is lagrangian with self); with `normalise`, the right side minus u is divided by its length, as in
-Align Your Flow (Sabour et al. 2025, arXiv 2506.14603), in which v is a guided teacher's.
-
-Deviations: the length is the root of a mean square. Gradients through v at the landing point are left out. r is 1/2 or
-uniform; with uniform r and data it is SplitMeanFlow (Guo et al. 2025, arXiv 2507.16884).
+Align Your Flow (Sabour et al. 2025, arXiv 2506.14603), in which v is a guided teacher's. Deviations: the length is the
+root of a mean square. Gradients through v at the landing point are left out. r is 1/2 or uniform; with uniform r and
+data it is SplitMeanFlow (Guo et al. 2025, arXiv 2507.16884).
 """
 
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from distill.flow import distances, laws, tangents, times
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -33,8 +33,8 @@ class Config(BaseModel):
     """which law of flow maps is learned"""
     velocity: Literal["teacher", "self"] = "teacher"
     """velocity v: the teacher's, or that of the student itself, which it learns from data"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     gradient: Literal["semi", "full"] = "semi"
     """semi: the right side has no gradient; full: its derivative has, which needs twice the memory"""
     normalise: bool = False

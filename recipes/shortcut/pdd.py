@@ -7,8 +7,7 @@ where v is the teacher's velocity, or with `solver: midpoint` that of its midpoi
 derivative is needed. A step of the student from t_n to t_m is the sum of its intervals, so it is a flow map.
 
 With `states: student`, x_n is where earlier steps of the student, of random lengths, lead from noise; of the data, only
-its conditions matter. Deviations: these steps are made within the training step, where the authors keep states from
-step to step, so that a run can be resumed exactly. The first state is noise at t = 1; the authors' is at 0.999.
+conditions matter. These steps are made in each training step; the authors keep states, and begin at 0.999, not at 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from torch import Tensor, nn
 
 from distill.flow import distances, solvers
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.flow.times import one_of, shifted_grid
 from distill.flow.waiting import on
@@ -44,8 +44,8 @@ class Config(BaseModel):
     """where steps begin: where the student's own steps lead from noise, or at noised data"""
     asked: Annotated[int, Field(gt=0, le=1024)] = 1
     """intervals that each sample learns in a training step; more need more calls of the teacher only"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distill.flow import distances
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.times import one_of, uniform_grid
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -42,8 +43,8 @@ class Config(BaseModel):
     """midpoint steps in which the policy is followed from one of these times to the next; they call no network"""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """probability that a Gaussian is left out where the policy is followed; null: 0.05"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

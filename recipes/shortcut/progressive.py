@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -30,8 +31,8 @@ class Config(BaseModel):
     """number of Euler steps of the student, N"""
     teacher_steps: Annotated[int, Field(gt=1, le=1000)] = 2
     """Euler steps of the teacher for one of the student"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     weight: Literal["truncated", "plus_one", "data", "velocity"] = "truncated"
     """weight of times: truncated, plus_one: see above; data: the error of the data itself; velocity: of the velocity"""
     distance: Literal["l2", "l1"] = "l2"

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from distill.flow import distances, solvers
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -33,8 +34,8 @@ class Config(BaseModel):
 
     base: Literal["velocity", "step", "two_steps", "data"] = "velocity"
     """target of the finest step: velocity, step and two_steps use the teacher; data: noise - data, no teacher"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: it is an input"""
     grid: Annotated[int, Field(gt=0, le=100_000)] = 128
     """number of steps of the finest grid, M, a power of two"""
     bootstrap: Annotated[float, Field(gt=0, lt=1)] = 0.25

@@ -10,11 +10,13 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.core.field_types import CheckedRange
 from distill.flow.conditioning import of_classes
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
 from distill.networks.flow_map_edm import FlowMapEdmUNet2DModel
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.protocols import Cond, Conditioning
+from distill.teachers.architectures.unet import taking_guidance
 from distill.teachers.network_field import call_unet
 from distill.teachers.read import Read, Side, Size, checked
 
@@ -43,6 +45,7 @@ class EdmConfig(Read):
     num_class_embeds: Annotated[int, Field(ge=2, le=(1 << 16) + 1)] | None = None
     design: Literal["song", "dhariwal"] = "song"
     second_time_waves: Size = 16
+    guidance_range: CheckedRange | None = None
     sign: Literal[1, -1] = 1
     sigma_data: PositiveFloat = 0.5
     sigma_min: PositiveFloat = 0.002
@@ -104,7 +107,8 @@ class EdmArchitecture:
         if null_class is not None and null_class != count:
             valid = "has no classes; leave it out" if count is None else f"has {count} classes, valid: {count}"
             raise InputError(f"teacher.null_class={null_class}: {path} {valid}")
-        return of_classes(count, count if config.label_dropout > 0 else null_class)
+        found = of_classes(count, count if config.label_dropout > 0 else null_class)
+        return taking_guidance(found, config.guidance_range, path)
 
     def layers(self, network: nn.Module) -> Sequence[str]:
         """The names of the levels: down_blocks.0, ..., mid_block, up_blocks.0, ..."""

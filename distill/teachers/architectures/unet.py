@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
-from distill.flow.conditioning import of_classes
+from distill.core.field_types import GuidanceRange
+from distill.flow.conditioning import WithGuidance, of_classes
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
 from distill.networks.policy_unet import PolicyUNet2DModel
@@ -90,6 +91,20 @@ def class_labels(config: NetworkConfig, path: Path, null_class: int | None) -> C
 
     Raises InputError if `null_class` is any other, or if the network has another kind of class embedding.
     """
+    found = _classes(config, path, null_class)
+    return taking_guidance(found, config.guidance_range, path)
+
+
+def taking_guidance(found: Conditioning, guidance_range: GuidanceRange | None, path: Path) -> Conditioning:
+    """The conditioning of a network on this and on a guidance scale, if it takes one. InputError without classes."""
+    if guidance_range is None:
+        return found
+    if found.count is None:
+        raise InputError(f"{path} has guidance_range, but no classes; copy or download it again")
+    return WithGuidance(found, guidance_range)
+
+
+def _classes(config: NetworkConfig, path: Path, null_class: int | None) -> Conditioning:
     if config.class_embed_type is not None:
         raise InputError(
             f"{path}: class_embed_type {short(config.class_embed_type)} is not supported; valid: networks with only "
