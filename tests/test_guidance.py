@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import guiders
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.core.errors import InputError
 from distill.flow.draws import generator
@@ -442,3 +443,21 @@ def test_single_numbers_cannot_be_rescaled():
     without = dataclasses.replace(TEACHER, null_class=None)
     with pytest.raises(InputError, match="has no class id for the unconditional call, which guidance needs"):
         without.field_with(FieldSettings(2.0, GuidanceSpec(form="apg")))
+
+
+@pytest.mark.parametrize("guidance", [*FORMS, GuidanceSpec(weak="w")], ids=name_of)
+def test_recipes_guide_within_an_interval_without_waiting_for_the_device(guidance):
+    """The velocities are those of sampling, at all times in one batch, also with a scale for each sample."""
+    weak = dataclasses.replace(TEACHER, field=class_gaussian_teacher(MEANS + 0.3, NULL, 1.5 * WIDTHS).field)
+    form = guidance.model_copy(update={"interval": (0.2, 0.6)})
+    teacher = dataclasses.replace(TEACHER, form=form, weak=weak)
+    x, t = randn("trained", 5, 3), torch.tensor([0.1, 0.3, 0.6, 0.61, 1.0])
+    scales = {"guidance_scale": torch.full((5,), 3.0)}
+    expected = teacher.field_with(FieldSettings(3.0, form))(x, t, LABELS)
+    for found in (teacher.guided(3.0)(x, t, LABELS), teacher.guided((2.0, 4.0))(x, t, {**LABELS, **scales})):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    plain = teacher.field(x, t, LABELS)
+    assert ((found - plain).abs().amax(1) > 1e-3).tolist() == [False, True, True, False, False]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a number of rows that depends on values raises there
+        given = [mode.from_tensor(each) for each in (x, t, LABELS["class_labels"])]
+        teacher.guided(3.0)(*given[:2], {"class_labels": given[2]})

@@ -1,5 +1,6 @@
 """The guidance scale as an input of a student: its closed forms, how it starts, trains, is exported and sampled."""
 
+import dataclasses
 import json
 import re
 
@@ -61,7 +62,7 @@ def given(**more):
 @pytest.mark.parametrize("form", [None, *FORMS], ids=lambda form: "cfg" if form is None else name_of(form))
 def test_each_sample_is_guided_with_its_own_scale(form):
     x, t = noisy()
-    together = TEACHER.field_with(FieldSettings(3.0, form)).by_sample()(x, t, {**LABELS, GUIDANCE_SCALE: SCALES})
+    together = dataclasses.replace(TEACHER, form=form).guided(RANGE)(x, t, {**LABELS, GUIDANCE_SCALE: SCALES})
     for row, scale in enumerate(SCALES.tolist()):
         own = {name: each[row : row + 1] for name, each in LABELS.items()}
         alone = TEACHER.field_with(FieldSettings(scale, form))(x[row : row + 1], t[row : row + 1], own)
@@ -263,6 +264,10 @@ stages:
            images: 64, batch_size: 32, ema_half_lives: [], export: raw}
   map: {kind: train, recipe: shortcut/shortcut, teacher: teach, options: {guidance_scale: [1.5, 5]},
         images: 64, batch_size: 32, ema_half_lives: [], export: raw}
+  weak: {kind: train, recipe: pretrain/flow_matching, network: {kind: unet, channels: [4], norm_groups: 4},
+         images: 64, batch_size: 32, ema_half_lives: [], export: raw}
+  auto: {kind: train, recipe: shortcut/flow_map, teacher: teach, options: {law: progressive, guidance_scale: [1.5, 5]},
+         guidance: {weak: weak, interval: [0.2, 1]}, images: 64, batch_size: 32, ema_half_lives: [], export: raw}
   e: {kind: evaluate, teacher: teach, students: {second: [1], map: [1, 2]}, samples: 20, block: 10,
       teacher_steps: [1], baselines: []}
 """
@@ -282,7 +287,7 @@ def test_a_chain_is_trained_exported_and_sampled_at_any_scale(run, capfd, monkey
     monkeypatch.chdir(run)
     done = command(capfd, "run", "spec.yaml", "--store", "store")
     assert done.code == 0, done.err
-    for name in ("second", "map"):
+    for name in ("second", "map", "auto"):
         folder = run / "store/r/students" / name
         card = json.loads((folder / "distill.json").read_text())
         assert (card["guidance_range"], card["guidance_scale"]) == ([1.5, 5.0], 3.25)
@@ -312,6 +317,7 @@ def test_a_chain_is_trained_exported_and_sampled_at_any_scale(run, capfd, monkey
         assert done.code == 2
         assert "--guidance 7: this student was trained for guidance scales from 1.5 to 5" in done.err
         assert not (run / "b.png").exists()
+    assert card["guidance"] == "autoguidance 3.25 (0.2 < t <= 1)"
     done = command(capfd, "sample", "r/teach", "--out", "b.png", "--guidance", "2", "--store", "store")
     assert (done.code, "this student does not take a guidance scale; leave it out" in done.err) == (2, True)
 

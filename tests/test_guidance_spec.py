@@ -96,6 +96,22 @@ def test_settings_without_effect_are_named(case, kind):
     assert mistakes(spec) == [f"stages.s.{said}"]
 
 
+@pytest.mark.parametrize("case", MISTAKES)
+def test_the_guidance_of_a_train_stage_has_the_scale_of_its_options(case):
+    """The other settings, and their mistakes, are those of pairs."""
+    settings, said = MISTAKES[case]
+    if settings.keys() - {"guidance", "guidance_scale"}:
+        return
+    options = {"guidance_scale": settings.get("guidance_scale", 2)}
+    own = {"kind": "train", "recipe": "shortcut/shortcut", "teacher": "t2", "images": 128, "options": options}
+    found = mistakes(images(t2=TEACH, s={**own, "guidance": settings.get("guidance")}))
+    assert found == [
+        f"stages.s.{said.replace('guidance_scale: 1', 'options.guidance_scale: 1')}".replace(
+            "another guidance_scale", "another options.guidance_scale"
+        )
+    ]
+
+
 def test_the_weak_model_is_a_velocity_field_of_an_earlier_stage():
     auto = {**PAIRS, "teacher": "t", "guidance_scale": 2.0, "guidance": {"weak": "w"}}
     assert mistakes(images(w=TEACH, p=auto)) == []

@@ -84,22 +84,25 @@ def of_stage(
     data: DataSet | None,
     earlier: Mapping[str, Built],
     look: Callable[[BuiltNetworks, bool], None],
+    weak: LoadedTeacher | None = None,
 ) -> Built | None:
     """Build the networks of a train stage; None if they are known only after earlier stages. teacher: the spec's.
 
     InputError if they do not fit. Errors in a stage that starts from, or is taught by, the student of an earlier stage
     are not reported, because that student is not trained yet. A stage that trains adapters is an exception.
 
-    look: called with the networks, and whether they are those that will be trained.
+    look: called with the networks, and whether they are those that will be trained. weak: the weak model of
+    autoguidance, if it is a checkpoint.
     """
-    before = {each for each in (stage.teacher, stage.init) if each is not None}
+    own_weak = None if stage.guidance is None else stage.guidance.weak
+    before = {each for each in (stage.teacher, stage.init, own_weak) if each is not None}
     known = not before or (bool(stage.lora) and before <= earlier.keys())  # adapters start from what is known
-    if stage.teacher is None and teacher is not None:
-        teacher.guided(recipe.guidance_range or recipe.guidance_scale)
+    if stage.teacher is None and teacher is not None and own_weak is None:
+        replace(teacher, form=stage.guidance, weak=weak).guided(recipe.guidance_range or recipe.guidance_scale)
     if stage.student is not None and (origin := _origin(stage, teacher, earlier)) is not None:
         smaller.check(origin, stage.student.config)
     try:
-        found = build(stage, recipe, teacher, data, earlier)
+        found = build(stage, recipe, teacher, data, earlier, weak)
         look(found, known)
         return described(found, stage)
     except InputError:
@@ -114,15 +117,23 @@ def build(
     own: LoadedTeacher | None,
     data: DataSet | None,
     earlier: Mapping[str, Built],
+    weak: LoadedTeacher | None = None,
 ) -> BuiltNetworks:
-    """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
+    """Build the recipe and the networks of a train stage. own: the spec's teacher. weak: see `of_stage`.
+
+    InputError if they do not fit.
+    """
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     copied = stage.init is None and stage.network is None
     teacher = teacher if copied or "teacher" in recipe.needs else None
     if isinstance(teacher, LoadedStudent):
         raise InputError(f"{teacher.description} is not a teacher")
     if teacher is not None:
-        teacher = _without_values(teacher_on_linear_path(teacher))
+        if stage.guidance is not None and stage.guidance.weak is not None:
+            student = _student(earlier, stage.guidance.weak)
+            assert isinstance(student, LoadedTeacher), "checks.check lets no such stage through"
+            weak = student
+        teacher = replace(_without_values(teacher_on_linear_path(teacher)), form=stage.guidance, weak=weak)
     origin = _student(earlier, stage.init) if stage.init is not None else teacher
     init = start(stage, recipe, teacher, origin, data, 0)
     called = teacher if "teacher" in recipe.needs else None

@@ -20,7 +20,7 @@ from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable
 from distill.protocols import Recipe
 from distill.spec import cacheuse, pairspec
-from distill.spec.model import CacheStage, EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.model import CacheStage, EvaluateStage, NetworkStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved
 from distill.students import sampling
 from distill.teachers import LoadedTeacher
@@ -119,7 +119,8 @@ def check(
                 t_grids(spec, name, networks.recipe, pairspec.times_of(spec, stage))
 
         try:
-            found = building.of_stage(stage, recipe, teacher, data, built, look)
+            weak = _weak_model(spec, stage, prompts)
+            found = building.of_stage(stage, recipe, teacher, data, built, look, weak)
         except InputError as error:
             raise InputError(f"stages.{name}: {error}") from error
         if found is not None:
@@ -136,12 +137,20 @@ def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | Eval
     if settings.form.weak is not None:  # a student that is not trained yet
         teacher.field_with(replace(settings, guidance_scale=1.0))
         return
-    weak = weak_teacher(spec, stage, Path())
-    teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU, prompts=prompts))
+    if (weak := _weak_model(spec, stage, prompts)) is not None:
+        teacher = replace(teacher, weak=weak)
     teacher.field_with(settings)
     if isinstance(stage, EvaluateStage):
         for scale in stage.guidance_scales:
             teacher.field_with(stage.settings_at(scale))
+
+
+def _weak_model(spec: RunSpec, stage: NetworkStage, prompts: int | None) -> LoadedTeacher | None:
+    """The weak model of a stage, if it is a checkpoint, and not a student that is not trained yet."""
+    if stage.guidance is None or stage.guidance.weak is not None:
+        return None
+    weak = weak_teacher(spec, stage, Path())
+    return None if weak is None else teachers.load_teacher(weak, CPU, prompts=prompts)
 
 
 def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:

@@ -95,8 +95,7 @@ def rehearse(
     are recomputed, in each count. InputError if only True is given, and no network can recompute them.
     """
     own = {name: [p for p in each.parameters() if not is_shared(p)] for name, each in found.trained.items()}
-    teacher = None if found.teacher is None else found.teacher.network
-    frozen = {p: None for each in (*found.frozen.values(), teacher) if each is not None for p in each.parameters()}
+    frozen = {p: None for each in (*found.frozen.values(), *_called(found.teacher)) for p in each.parameters()}
     moments = [optimizers.state_bytes(stage.optimizer, each) for each in found.trained.values()]
     turns = _turns(found.recipe)
     calls, steps = 0, dict[bool, UpdateCosts]()
@@ -148,7 +147,7 @@ class _Rehearsal:
         self.stage, self.needs, self.states, self.shape = stage, needs, states, found.init.shape
         self.cond = found.init.conditioning.collate(_first())
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        teacher = [] if found.teacher is None or found.teacher.network is None else [found.teacher.network]
+        teacher = _called(found.teacher)
         every = [*found.trained.values(), *found.frozen.values(), *teacher]
         given = [found.recipe, found.trained, found.frozen, teacher]
         self.recipe, self.trained, frozen, called = _pretended(given, every, found.init.conditioning, self.mode)
@@ -260,6 +259,12 @@ def _pretended(
                         setattr(new, MARK, True)
                 memo[id(each)] = new
     return deepcopy(things, memo)
+
+
+def _called(teacher: LoadedTeacher | None) -> list[nn.Module]:
+    """The networks of a teacher, and of its weak model if it is guided away from one."""
+    given = [] if teacher is None else [teacher, teacher.weak]
+    return [each.network for each in given if each is not None and each.network is not None]
 
 
 def _first() -> Tensor:

@@ -78,7 +78,9 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
         cached.refuse_other(run, prompts, conditions.read(prompts.place(run.root.parent)).digest)
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     places = _places(run, spec, used, given.get("teacher"))
-    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, own, times, places, prompts, texts)
+    if teacher is not None:
+        teacher = replace(teacher, weak=weak, form=stage.guidance if isinstance(stage, TrainStage) else None)
+    return Inputs(teacher, data, own, times, places, prompts, texts)
 
 
 def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -> LoadedTeacher:

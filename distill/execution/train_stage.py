@@ -30,6 +30,7 @@ from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec import resolved
+from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import CheckpointTeacher, RunSpec, TrainStage
 from distill.students import adapting, loaded, sampling
 from distill.students.exporting import export
@@ -114,7 +115,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         unconditional=asked.unconditional,
         guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
         guidance_range=init.guidance_range,
-        guidance=work.spec.guidance_of_pairs(stage).more_words,
+        guidance=_guidance_words(work.spec, stage, asked.guidance_scale),
         weights=stage.export,
         images=stage.images,
         lora={
@@ -126,6 +127,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     data = None if data is None else scaled_for(data, init.codec)
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
+    if teacher is not None and teacher.weak is not None:
+        digests["weak"] = teacher.weak.digest
     if inputs.prompts is not None:
         digests["prompts"] = inputs.prompts.digest
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
@@ -140,6 +143,11 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
         return 1.0
     settings = spec.guidance_of_pairs(stage)
     return teacher.guidance_scale * (1.0 if settings.form.is_auto else settings.guidance_scale)
+
+
+def _guidance_words(spec: RunSpec, stage: TrainStage, scale: float) -> str:
+    """How the teacher, or its pairs, were guided, if there is more to it than the scale."""
+    return FieldSettings(scale, stage.guidance).more_words or spec.guidance_of_pairs(stage).more_words
 
 
 def train(work: Work, stage: TrainStage) -> dict[str, object]:

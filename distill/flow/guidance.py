@@ -117,6 +117,7 @@ class Guided:
     guidance_scale: None: each sample has its own, cond["guidance_scale"] [B], which the field does not get.
     combine: how the two velocities are combined.
     interval: of linear-path time; samples at other times (see `bounds`) are not guided and take one row instead of two.
+    waits: for the device, to find these samples; else they take two rows, of which the second is not used.
     """
 
     def __init__(
@@ -126,35 +127,36 @@ class Guided:
         guidance_scale: float | None,
         combine: Combine = cfg,
         interval: Interval = ALWAYS,
+        *,
+        waits: bool = True,
     ) -> None:
         on_any_path = guidance_scale == 1 or (combine is cfg and interval == ALWAYS)
         self.field = field if on_any_path else on_linear_path(field)
         self.null, self.guidance_scale, self.combine, self.interval = null, guidance_scale, combine, interval
+        self.waits = waits
         self.interpolant, self.t_range = self.field.interpolant, self.field.t_range
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.guidance_scale == 1:
             return self.field(x_t, t, cond)
         like(t, x_t)
-        scale: Scale
-        if self.guidance_scale is None:
-            scale, cond = like(cond[GUIDANCE_SCALE], x_t), without_guidance(cond)
-        else:
-            scale = self.guidance_scale
+        scale, cond = _scale(self.guidance_scale, x_t, cond)
         null = self.null(cond)
         if not cond or cond.keys() != null.keys():
             raise ValueError(
                 f"guidance needs a condition to drop: cond has {sorted(cond)}, its null condition {sorted(null)}"
             )
-        rows = _rows(t, self.interval)
+        rows = _rows(t, self.interval) if self.waits else slice(None)
         both = {name: torch.cat([cond[name], null[name][rows]]) for name in cond}
         velocities = self.field(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)  # [B + n, ...]
         v, v_null = velocities[: len(x_t)], velocities[len(x_t) :]
-        return _combined(self.combine, x_t, t, v, v_null, rows, scale)
+        guided = _combined(self.combine, x_t, t, v, v_null, rows, scale)
+        return guided if self.waits or self.interval == ALWAYS else _at_these(t, self.interval, guided, v)
 
-    def by_sample(self) -> "Guided":
-        """The same with the scale of each sample, cond["guidance_scale"]."""
-        return Guided(self.field, self.null, None, self.combine, self.interval)
+    def for_training(self, *, by_sample: bool) -> "Guided":
+        """The same, without waiting for the device. by_sample: with the scale of each sample, see above."""
+        scale = None if by_sample else self.guidance_scale
+        return Guided(self.field, self.null, scale, self.combine, self.interval, waits=False)
 
     def calls_at(self, t: Tensor) -> int:
         return (2 if _is_guided(t, self.guidance_scale, self.interval) else 1) * calls_per_sample(self.field, t)
@@ -163,15 +165,23 @@ class Guided:
 class Autoguided:
     """Guidance away from a weaker model, with the same condition (Karras et al. 2024, arXiv 2406.02507).
 
-    The velocity is v(weak) + scale (v - v(weak)). `interval` as for `Guided`; at other times, the weak model is not
-    called. InputError if the weak model is not defined at all times at which the field is.
+    The velocity is v(weak) + scale (v - v(weak)). `guidance_scale`, `interval` and `waits` as for `Guided`; at times
+    outside the interval, the weak model is not called.
+
+    InputError if the weak model is not defined at all times at which the field is.
     """
 
     def __init__(
-        self, field: VelocityField, weak: VelocityField, guidance_scale: float, interval: Interval = ALWAYS
+        self,
+        field: VelocityField,
+        weak: VelocityField,
+        guidance_scale: float | None,
+        interval: Interval = ALWAYS,
+        *,
+        waits: bool = True,
     ) -> None:
         self.field, self.weak = on_linear_path(field), on_linear_path(weak)
-        self.guidance_scale, self.interval = guidance_scale, interval
+        self.guidance_scale, self.interval, self.waits = guidance_scale, interval, waits
         self.interpolant, self.t_range = self.field.interpolant, self.field.t_range
         (low, high), (weak_low, weak_high) = self.t_range, self.weak.t_range
         if weak_low > low + ROUNDING or weak_high < high - ROUNDING:
@@ -181,12 +191,19 @@ class Autoguided:
             )
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        scale, cond = _scale(self.guidance_scale, x_t, cond)
         v = self.field(x_t, t, cond)
-        rows = _rows(t, self.interval)
+        rows = _rows(t, self.interval) if self.waits else slice(None)
         if self.guidance_scale == 1 or not len(t[rows]):
             return v
         v_weak = self.weak(x_t[rows], t[rows], {name: value[rows] for name, value in cond.items()})
-        return _combined(cfg, x_t, t, v, v_weak, rows, self.guidance_scale)
+        guided = _combined(cfg, x_t, t, v, v_weak, rows, scale)
+        return guided if self.waits or self.interval == ALWAYS else _at_these(t, self.interval, guided, v)
+
+    def for_training(self, *, by_sample: bool) -> "Autoguided":
+        """As `Guided.for_training`."""
+        scale = None if by_sample else self.guidance_scale
+        return Autoguided(self.field, self.weak, scale, self.interval, waits=False)
 
     def calls_at(self, t: Tensor) -> int:
         calls = calls_per_sample(self.field, t)
@@ -224,6 +241,16 @@ class Scaled:
 def _inside(t: Tensor, interval: Interval) -> Tensor:
     low, high = bounds(interval)
     return (t > low) & (t <= high)
+
+
+def _at_these(t: Tensor, interval: Interval, guided: Tensor, v: Tensor) -> Tensor:
+    """The guided velocity at times within the interval, v at others."""
+    return torch.where(like(_inside(t, interval), v), guided, v)
+
+
+def _scale(given: float | None, x_t: Tensor, cond: Cond) -> tuple[Scale, Cond]:
+    """The guidance scale, or those of the samples, and the condition without it."""
+    return (like(cond[GUIDANCE_SCALE], x_t), without_guidance(cond)) if given is None else (given, cond)
 
 
 def _rows(t: Tensor, interval: Interval) -> Tensor | slice:

@@ -209,7 +209,7 @@ def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
             changed["pairs"] = names.get(stage.pairs, stage.pairs)
         elif stage.pairs is not None:
             changed["pairs"] = {names.get(name, name): share for name, share in stage.pairs.items()}
-    elif stage.guidance is not None:
+    if stage.guidance is not None:
         weak = names.get(stage.guidance.weak or "", stage.guidance.weak)
         changed["guidance"] = stage.guidance.model_copy(update={"weak": weak})
     return stage.model_copy(update=changed)

@@ -125,15 +125,15 @@ def _teacher(stage: NetworkStage) -> str:
     return stage.teacher or "the spec's teacher"
 
 
-def _teachers(stage: PairsStage | EvaluateStage) -> list[str]:
+def _teachers(stage: NetworkStage) -> list[str]:
     """The teacher, and the stage of the weak model, if there is one."""
-    weak = stage.field_settings.form.weak
+    weak = None if stage.guidance is None else stage.guidance.weak
     return [_teacher(stage), *([] if weak is None else [weak])]
 
 
 def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> PlannedStage:
     teacher = _teacher(stage)
-    sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
+    sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": _teachers(stage)}
     taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]
     taken += [stage.init] if stage.init else []
     start = f"a new {stage.network.kind}" if stage.network else f"the weights of {stage.init or teacher}"

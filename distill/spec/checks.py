@@ -82,7 +82,9 @@ def _mistakes(found: Resolved) -> Iterator[str]:
             yield from _recipe(stage, recipe, where)
             yield from rolechecks.mistakes(found, stage, where)
             yield from _train(found, stage, recipe, where)
-            yield from _guidance(found, stage, FieldSettings(recipe.guidance_scale), f"{where}.options")
+            settings = FieldSettings(recipe.guidance_scale, stage.guidance)
+            yield from guidancespec.mistakes(settings, f"{where}.", "options.guidance_scale")
+            yield from _guidance(found, stage, settings, where, "options.")
             starts, teaches = found.guidance_range(stage.starts_from), found.guidance_range(stage.teacher)
             if said := guidancespec.input_mistake(recipe.guidance_range, starts, teaches, recipe.needs):
                 yield f"{where}: {said}"
@@ -135,7 +137,7 @@ def references(stage: Stage) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
     if isinstance(stage, TrainStage):
         found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
-    elif stage.guidance is not None:
+    if stage.guidance is not None:
         found.append((WEAK, stage.guidance.weak, "train"))
     if isinstance(stage, EvaluateStage):
         found += [(f"students.{student}", student, "train") for student in stage.students]
@@ -231,10 +233,12 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
         )
 
 
-def _guidance(found: Resolved, stage: NetworkStage, settings: FieldSettings, where: str) -> Iterator[str]:
+def _guidance(
+    found: Resolved, stage: NetworkStage, settings: FieldSettings, where: str, of_scale: str = ""
+) -> Iterator[str]:
     """The mistakes in guidance with a student of this run: as the teacher, it must know the unconditional velocity.
 
-    For the spec's teacher, this is checked when it is loaded.
+    For the spec's teacher, this is checked when it is loaded. of_scale: where the stage has its guidance scale.
     """
     yield from _weak(found, stage, settings, where)
     teacher = found.spec.stages.get(stage.teacher or "")
@@ -247,7 +251,7 @@ def _guidance(found: Resolved, stage: NetworkStage, settings: FieldSettings, whe
     if not settings.needs_null or not isinstance(teacher, TrainStage) or recipe is None:
         return
     swept = isinstance(stage, EvaluateStage) and settings.guidance_scale in stage.guidance_scales
-    field = "guidance_scales" if swept else "guidance_scale"
+    field = f"{of_scale}{'guidance_scales' if swept else 'guidance_scale'}"
     given = f"{where}.{field}: {settings.guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (

@@ -176,13 +176,13 @@ def _listed(guidance_range: GuidanceRange) -> str:
     return "[{:g}, {:g}]".format(*guidance_range)
 
 
-def mistakes(settings: FieldSettings, prefix: str) -> Iterator[str]:
-    """The mistakes in the settings of a stage that can be found without the rest of the spec."""
+def mistakes(settings: FieldSettings, prefix: str, scale: str = "guidance_scale") -> Iterator[str]:
+    """The mistakes in the settings of a stage that can be found without the rest of the spec. scale: its name."""
     guidance, where = settings.guidance, f"{prefix}guidance"
     if guidance is None:
         return
     if settings.guidance_scale == 1:
-        yield f"{where}: has no effect with guidance_scale: 1; remove it, or set another guidance_scale"
+        yield f"{where}: has no effect with {scale}: 1; remove it, or set another {scale}"
     if guidance == GuidanceSpec():
         yield f"{where}: has no effect, because it is classifier-free guidance at all times; remove it, or set a field"
     if guidance.interval is not None:

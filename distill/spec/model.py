@@ -42,7 +42,7 @@ from distill.spec.dataspec import (  # noqa: F401  (they are parts of the spec)
     TarsData,
     VideosData,
 )
-from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.guidancespec import UNCHANGED, FieldSettings, GuidanceSpec
 from distill.spec.optimizerspec import OptimizerSpec
 from distill.spec.rolespec import LoraSpec, MlpSpec, NetworkSpec, StudentSpec, UNetSpec  # noqa: F401  (parts of the spec)
 from distill.spec.samplingspec import FINE, OF_DATA, SAMPLES, SEED, WITH_STATES, EvaluateStage, PairsStage, is_path  # noqa: F401  (they are parts of the spec)
@@ -193,6 +193,9 @@ class TrainStage(FrozenModel):
     lora: Annotated[dict[Name, LoraSpec], Field(max_length=16)] = {}
     """networks that are trained as adapters of the teacher's, by their name in the recipe, such as student or critic;
     networks without an entry are trained in full"""
+    guidance: GuidanceSpec | None = None
+    """another form of guidance of the teacher, or guidance at some times only, with the scale options.guidance_scale;
+    null: classifier-free guidance at all times"""
     pairs: Name | dict[Name, Fraction] | None = None
     """pairs stage to train on; or several, with the fraction of each in a batch: {pairs: 0.8, forward: 0.2}"""
     images: Images

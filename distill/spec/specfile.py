@@ -181,7 +181,7 @@ def _located_stage(stage: Stage, folders: Sequence[Path]) -> Stage:
         paths = {role: lora.path for role, lora in stage.lora.items() if lora.path is not None}
         changed = {role: {"path": absolute(path, folders)} for role, path in paths.items()}
         lora = {role: each.model_copy(update=changed.get(role, {})) for role, each in stage.lora.items()}
-        return stage.model_copy(update={"lora": lora})
+        stage = stage.model_copy(update={"lora": lora})
     if isinstance(stage, CacheStage) or stage.guidance is None or stage.guidance.weak_path is None:
         return stage
     guidance = stage.guidance.model_copy(update={"weak_path": absolute(stage.guidance.weak_path, folders)})

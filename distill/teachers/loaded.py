@@ -20,7 +20,7 @@ from distill.networks.critic import whole
 from distill.networks.experts import Experts
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.protocols import Codec, Cond, Conditioning, LayerOutput, OfImage, VelocityField
-from distill.spec.guidancespec import FieldSettings
+from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class LoadedTeacher:
     packaging: Packaging | None = None
     base_digest: str = ""  # SHA-256 over config and weights alone, whatever options are given; empty: no checkpoint
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
+    form: GuidanceSpec | None = None  # how `guided` guides; None: classifier-free guidance at all times
 
     @property
     def conditioning(self) -> Conditioning:
@@ -109,17 +110,17 @@ class LoadedTeacher:
         return field if self.given is None or isinstance(self.given, ClassLabels) else Indexed(field, self.given)
 
     def guided(self, guidance_scale: float | GuidanceRange) -> VelocityField:
-        """Returns the field with classifier-free guidance. With scale 1, it is the field itself.
+        """Returns the field with guidance, as recipes call it. With scale 1, it is the field itself.
 
-        With a range of scales, each sample has its own, cond["guidance_scale"].
+        With a range of scales, each sample has its own, cond["guidance_scale"]. If there is an interval, samples at
+        other times take a second row, too, whose result is not used: then calls do not wait for the device.
 
         Raises InputError if there is no null condition, or if it was not trained.
         """
-        if isinstance(guidance_scale, float | int):
-            return self.field_with(FieldSettings(guidance_scale))
-        guided = self.field_with(FieldSettings(guidance_scale[1]))
-        assert isinstance(guided, Guided)
-        return guided.by_sample()
+        scale = guidance_scale[1] if isinstance(guidance_scale, tuple) else guidance_scale
+        field = self.field_with(FieldSettings(scale, self.form))
+        by_sample = isinstance(guidance_scale, tuple)
+        return field.for_training(by_sample=by_sample) if isinstance(field, Guided | Autoguided) else field
 
     def field_with(self, settings: FieldSettings) -> VelocityField:
         """Returns the field with guidance and epsilon scaling. Without either, it is the field itself.

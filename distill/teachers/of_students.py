@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.spec.model import CheckpointTeacher, NetworkStage, RunSpec, TeacherSpec, TrainStage
+from distill.spec.model import CheckpointTeacher, NetworkStage, RunSpec, TeacherSpec
 from distill.teachers import files
 from distill.teachers.architectures import class_name, known
 from distill.teachers.codecs import LatentCodec, pixel_size
@@ -23,7 +23,7 @@ def weak_teacher(spec: RunSpec, stage: NetworkStage, students: Path) -> TeacherS
 
     Like a student, it has the conditions, the size and the autoencoder of the spec's teacher.
     """
-    guidance = None if isinstance(stage, TrainStage) else stage.guidance
+    guidance = stage.guidance
     if guidance is None or not guidance.is_auto:
         return None
     path = guidance.weak_path or str(students / (guidance.weak or ""))
