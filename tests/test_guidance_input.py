@@ -1,5 +1,6 @@
 """The guidance scale as an input of a student: its closed forms, how it starts, trains, is exported and sampled."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -15,9 +16,10 @@ from test_policies import vp_teacher
 
 from distill.core.errors import InputError
 from distill.execution.batches import CollatedBatches
-from distill.flow.conditioning import GUIDANCE_SCALE, ClassLabels, WithGuidance, guidance_of
-from distill.flow.draws import Rows, StepDraw, generator
+from distill.flow.conditioning import GUIDANCE_SCALE, ClassLabels, WithGuidance, guidance_of, with_guidance
+from distill.flow.draws import Rows, StepDraw, generator, sample_noise
 from distill.flow.guidance import Guided
+from distill.flow.times import uniform_grid
 from distill.networks.velocity_edm import VelocityEdmUNet2DModel
 from distill.protocols import Adapter, Batch, Copy, Init
 from distill.spec import registry
@@ -25,10 +27,12 @@ from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import MlpSpec
 from distill.students.init import StudentInit
 from distill.students.loaded import load_student
+from distill.students.sampling import by_sampler
 from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 from distill.testing import exact, subject
+from distill.testing.closed_form import class_gaussian_teacher
 from distill.training.engine import StepContext
 
 RANGE = (1.5, 5.0)
@@ -219,6 +223,45 @@ def test_scales_are_drawn_for_each_sample_of_the_global_batch():
     other = CollatedBatches.of(subject.Noise(1000), WithGuidance(ClassLabels(10, 10), RANGE), 4)
     for again in (source.batch(8, Rows(0, 1000, 1000)), other.batch(7, Rows(0, 1000, 1000))):
         assert not torch.equal(again.cond[GUIDANCE_SCALE], scales)
+
+
+@pytest.mark.train
+def test_one_student_learns_every_scale():
+    """Of Gaussian classes: samples have the mean null + w (mean - null) for whichever scale w is asked for."""
+    means, null, std = torch.tensor([[0.4, 0.2], [-0.3, 0.5]]), torch.tensor([-0.2, -0.2]), torch.tensor([0.5, 0.5])
+    teacher, scales = class_gaussian_teacher(means, null, std), (1.0, 3.0)
+    module = registry.load("shortcut/shortcut", None)
+    options = {"base": "step", "guidance_scale": [*scales], "grid": 16, "target_decay": 0.99}
+    config = registry.configure("shortcut/shortcut", module, options, "options")
+    network = MlpSpec(kind="mlp", width=64, frequencies=5)
+    init = StudentInit(None, network, (2,), 2, 0, teacher, guidance_range=scales)
+    recipe, rows, conditioning = module.Recipe(config, teacher), Rows(0, 512, 512), init.conditioning
+    student = recipe.networks(init)["student"].module
+    networks = {"student": student, "target": copy.deepcopy(student).requires_grad_(False)}
+    adam, steps = torch.optim.Adam(student.parameters(), lr=3e-3), 1500
+    for step in range(steps):
+        draw = StepDraw(0, step, 0, rows)
+        unit = draw.normal("data", torch.empty(512, 2))
+        labels = (draw.uniform("label", unit) < 0.5).long()
+        cond = conditioning.between(conditioning.collate(labels), draw.uniform("scale", unit))
+        batch = Batch(means[labels] + std * unit, None, cond)
+        (turn,) = recipe.turns(step, 512 * step)
+        adam.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        adam.zero_grad()
+        turn.loss(networks, batch, StepContext(step, 512 * step, draw, {}, step / steps)).total.backward()
+        adam.step()
+        with torch.no_grad():
+            for old, new in zip(networks["target"].parameters(), student.parameters(), strict=True):
+                old.lerp_(new, 0.01)
+    noise, labels = sample_noise(5, range(4000), (2,)), torch.arange(4000) % 2
+    for scale in (1.0, 2.0, 3.0):
+        cond = with_guidance(conditioning, scale, "scale").collate(labels)
+        for steps in (1, 4):
+            samples = by_sampler(student.eval(), "jump", noise, uniform_grid(steps), cond, [])
+            for label in (0, 1):
+                expected = null + scale * (means[label] - null)
+                assert (samples[labels == label].mean(0) - expected).abs().max() < 0.15, (scale, steps)
+                assert (samples[labels == label].std(0) - std).abs().max() < 0.1, (scale, steps)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from distill.training.blocks import EAGER, Blocks
 from distill.training.checkpoint import Checkpoints
 from distill.training.loading import TimedSource
 from distill.training.plain import PLAIN
-from distill.training.precision import autocast
+from distill.training.precision import attention, autocast
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
 from distill.training.sharding import Sharding
@@ -231,8 +231,9 @@ def step_once(
         world.meet(place)
         for rows, batch, carry in zip(slices, batches, carries, strict=True):
             context = StepContext(step, images, StepDraw(seed, step, index, rows), carry, images / stage.images)
-            with world.contact(place):
-                with autocast(device, bf16=stage.precision == "bf16"):
+            bf16 = stage.precision == "bf16"
+            with world.contact(place), attention(device, bf16=bf16):
+                with autocast(device, bf16=bf16):
                     loss = turn.loss(nets, batch, context)
                 trainable.backward(loss.total / len(slices))
             carry.update({name: tensor.detach() for name, tensor in carry.items()})
