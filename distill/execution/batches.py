@@ -6,7 +6,7 @@ import torch
 
 from distill import pairs
 from distill.data import DataSet, DataSource
-from distill.flow.conditioning import ClassLabels, WithGuidance
+from distill.flow.conditioning import ClassLabels, between, guidance_of
 from distill.flow.draws import Rows, StepDraw
 from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.run_store import RunPaths
@@ -71,10 +71,11 @@ class CollatedBatches:
         if not cond:
             return cond
         collated = self.conditioning.collate(cond["class_labels"], cond.get("sizes"))
-        if not isinstance(self.conditioning, WithGuidance):
+        if guidance_of(self.conditioning) is None:
             return collated
         draw = StepDraw(self.seed, step, 0, rows)  # each sample gets a guidance scale
-        return self.conditioning.between(collated, draw.uniform("guidance scale of the batch", cond["class_labels"]))
+        uniform = draw.uniform("guidance scale of the batch", cond["class_labels"])
+        return between(self.conditioning, collated, uniform)
 
 
 def _is_plain(conditioning: Conditioning) -> bool:

@@ -126,7 +126,7 @@ def inspect(spec: CheckpointTeacher) -> InspectedTeacher:
             to_set["scheduler"] = str(error)
             parts = dataclasses.replace(parts, scheduler=None, chosen=None)
     facts = describe(spec, parts, "velocity")
-    spec = spec.with_guidance(parts.student.embedded_guidance, parts.root)
+    spec = spec.with_guidance(parts.student, parts.root)
     networks, empty = _networks(parts, facts, spec)
     field = None
     try:

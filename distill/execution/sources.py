@@ -90,7 +90,7 @@ def _loaded(given: TeacherSpec, own: TeacherSpec | None, device: torch.device) -
         lora, base = None, given
     else:
         assert isinstance(own, CheckpointTeacher), "a LoRA student is one of a checkpoint"
-        base = own.with_guidance(student_card.read(lora).embedded_guidance, lora)
+        base = own.with_guidance(student_card.read(lora), lora)
         require_peft()
     found = teachers.load_teacher(base, device, probe=False)
     if lora is None:

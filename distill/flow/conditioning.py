@@ -82,7 +82,8 @@ class ConditionTable:
     field that is not in `constants` is left out. dtypes: by field, the data type that the network takes, to which rows
     are converted when they are used; a field that is not named has the data type of its rows.
 
-    prompts: those of the first rows, for captions; empty: not known.
+    prompts: those of the first rows, for captions; empty: not known. guidance_range: (low, high) of the guidance scales
+    that the network knows, of which the constant `guidance` is one; None: only that one.
 
     The null condition has the constants of the condition that it replaces, and so also its sizes, as in the pipelines
     of diffusers.
@@ -94,6 +95,7 @@ class ConditionTable:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     of_sizes: Callable[[Tensor], dict[str, Tensor]] | None = None
     prompts: Sequence[str] = ()
+    guidance_range: GuidanceRange | None = None
     _placed: dict[torch.device, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -132,7 +134,8 @@ class ConditionTable:
         return self._placed[device]
 
 
-GUIDANCE_SCALE = "guidance_scale"
+GUIDANCE_SCALE = "guidance_scale"  # the condition of networks that get this input here
+EMBEDDED = "guidance"  # that of networks that have it already
 
 
 @dataclass(frozen=True)
@@ -164,11 +167,6 @@ class WithGuidance:
     def null(self, cond: Cond) -> Cond:
         return {**self.given.null(without_guidance(cond)), GUIDANCE_SCALE: cond[GUIDANCE_SCALE]}
 
-    def between(self, cond: Cond, uniform: Tensor) -> Cond:
-        """`cond` with a scale for each sample: from low to high, at `uniform` [B] in [0, 1)."""
-        low, high = self.guidance_range
-        return {**cond, GUIDANCE_SCALE: low + (high - low) * uniform}
-
 
 def without_guidance(cond: Cond) -> Cond:
     """The condition without the guidance scale."""
@@ -176,23 +174,60 @@ def without_guidance(cond: Cond) -> Cond:
 
 
 def guidance_of(conditioning: Conditioning) -> GuidanceRange | None:
-    """The range of guidance scales that a network takes as an input; None if it takes none."""
-    return conditioning.guidance_range if isinstance(conditioning, WithGuidance) else None
+    """The range of guidance scales that a network takes as an input; None if it takes none, or only one."""
+    return conditioning.guidance_range if isinstance(conditioning, WithGuidance | ConditionTable) else None
 
 
 def with_guidance(conditioning: Conditioning, scale: float | None, where: str) -> Conditioning:
-    """The conditions with this guidance scale; None: as they are. InputError if the network does not take it.
+    """The conditions with this guidance scale; None: as they are. InputError if the network does not know it.
 
     where: the option that gives the scale, for the message.
     """
     if scale is None:
         return conditioning
-    if not isinstance(conditioning, WithGuidance):
+    if (known := guidance_of(conditioning)) is None:
         raise InputError(f"{where} {scale:g}: this student does not take a guidance scale; leave it out")
-    low, high = conditioning.guidance_range
-    if not low <= scale <= high:
-        raise InputError(f"{where} {scale:g}: this student was trained for guidance scales from {low:g} to {high:g}")
+    if not known[0] <= scale <= known[1]:
+        raise InputError(
+            f"{where} {scale:g}: this student was trained for guidance scales from {known[0]:g} to {known[1]:g}"
+        )
+    if isinstance(conditioning, ConditionTable):
+        return taking(conditioning, known, scale)
+    assert isinstance(conditioning, WithGuidance)
     return replace(conditioning, scale=scale)
+
+
+def taking(table: ConditionTable, guidance_range: GuidanceRange, scale: float | None = None) -> ConditionTable:
+    """The conditions of a network that embeds the guidance scale, for any scale of this range; scale: as above."""
+    old, given = table.constants[EMBEDDED], middle(guidance_range) if scale is None else scale
+    return replace(
+        table, guidance_range=guidance_range, constants={**table.constants, EMBEDDED: torch.full_like(old, given)}
+    )
+
+
+def with_range(given: Conditioning | None, guidance_range: GuidanceRange | None) -> Conditioning | None:
+    """The conditions of a student of a network that embeds the guidance scale; None as a range: those given.
+
+    InputError if the network takes no scale.
+    """
+    if guidance_range is None or given is None:
+        return given
+    if not isinstance(given, ConditionTable) or EMBEDDED not in given.constants:
+        raise InputError("the card of the student has guidance_range, but its network takes no guidance scale")
+    return taking(given, guidance_range)
+
+
+def embeds_guidance(conditioning: Conditioning) -> bool:
+    """Whether the network takes a guidance scale that is the same for all conditions, as FLUX.1 dev does."""
+    return isinstance(conditioning, ConditionTable) and EMBEDDED in conditioning.constants
+
+
+def between(conditioning: Conditioning, cond: Cond, uniform: Tensor) -> Cond:
+    """`cond` with a guidance scale for each sample: from the lowest to the highest, at `uniform` [B] in [0, 1)."""
+    known = guidance_of(conditioning)
+    assert known is not None
+    scales, name = known[0] + (known[1] - known[0]) * uniform, EMBEDDED if EMBEDDED in cond else GUIDANCE_SCALE
+    return {**cond, name: scales.to(cond[name].dtype)}
 
 
 def _repeated(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

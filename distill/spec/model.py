@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, Field, PositiveFloat
 
@@ -19,6 +19,7 @@ from distill.core.field_types import (
     EmaLength,
     Fraction,
     FrozenModel,
+    GuidanceRange,
     Images,
     Line,
     Minutes,
@@ -76,6 +77,15 @@ class MixtureTeacher(FrozenModel):
     """standard deviation of every component"""
     weights: list[PositiveFloat] | None = None
     """probability of each component; null: equal"""
+
+
+class TrainedGuidance(Protocol):
+    """What the card of a student says about the guidance scale that its network takes as an input; None: nothing."""
+
+    @property
+    def embedded_guidance(self) -> float | None: ...
+    @property
+    def guidance_range(self) -> GuidanceRange | None: ...
 
 
 class CheckpointTeacher(FrozenModel):
@@ -138,14 +148,15 @@ class CheckpointTeacher(FrozenModel):
         inside = "" if self.subfolder is None else f" with teacher.subfolder={self.subfolder}"
         return f"teacher.path={self.path}{inside}"
 
-    def with_guidance(self, trained: float | None, student: Path) -> "CheckpointTeacher":
+    def with_guidance(self, card: TrainedGuidance, student: Path) -> "CheckpointTeacher":
         """The spec of a student's network, or of its base, with the embedded guidance that it was trained with.
 
-        trained: what the card of the student says; null: nothing. InputError if the spec says another value.
+        card: that of the student. InputError if the spec says another value, unless it was trained with a range.
         """
+        trained = card.embedded_guidance
         if trained is None:
             return self
-        if self.embedded_guidance not in (None, trained):
+        if self.embedded_guidance not in (None, trained) and card.guidance_range is None:
             raise InputError(
                 f"teacher.embedded_guidance={self.embedded_guidance:g}: the student {student} was trained with "
                 f"{trained:g}, and works with no other value; leave teacher.embedded_guidance out, or set it to "

@@ -84,7 +84,7 @@ def extract(
     if a LoRA cannot be written, or not be loaded again.
     """
     card = _suitable(folder)
-    spec = spec.with_guidance(card.embedded_guidance, folder)
+    spec = spec.with_guidance(card, folder)
     base = teachers.load_teacher(spec, CPU, probe=False)
     assert base.network is not None
     if card.network != (theirs := _named(base.network)[0]):

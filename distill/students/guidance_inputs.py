@@ -2,7 +2,7 @@
 
 from distill.core.errors import InputError
 from distill.core.field_types import GuidanceRange
-from distill.flow.conditioning import ConditionTable, WithGuidance, guidance_of
+from distill.flow.conditioning import ConditionTable, WithGuidance, embeds_guidance, guidance_of, taking
 from distill.protocols import Conditioning
 
 
@@ -15,10 +15,12 @@ def conditions(given: Conditioning, wanted: GuidanceRange | None, *, is_native: 
     if wanted is None or guidance_of(given) == wanted:
         return given
     text = "guidance_scale: [{:g}, {:g}]".format(*wanted)
+    if isinstance(given, ConditionTable) and embeds_guidance(given):
+        return taking(given, wanted)
     if is_native or isinstance(given, ConditionTable):
         raise InputError(
-            f"{text} given, but only networks of pixels and vectors can take the guidance scale as an input, not those "
-            "of latent-space pipelines; give one number"
+            f"{text} given, but only networks of pixels and vectors can get the guidance scale as an input, and those "
+            "of latent-space pipelines only if they have it already, like FLUX.1 dev; give one number"
         )
     if given.count is None:
         raise InputError(f"{text} has no effect on networks without classes; remove it, or give labelled data")

@@ -9,7 +9,7 @@ from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.core.field_types import GuidanceRange
+from distill.core.field_types import GuidanceRange, middle
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ConditionTable, guidance_of, of_classes
 from distill.flow.interpolants import Interpolant, linear
@@ -118,6 +118,8 @@ class StudentInit:
                 "from a network with the same classes, or from a new `network`"
             )
         self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range, is_native=self.is_native)
+        if self.packaging is not None and self.is_native and self.guidance_range is not None:
+            self.packaging = replace(self.packaging, embedded_guidance=middle(self.guidance_range))
 
     @property
     def guidance_range(self) -> GuidanceRange | None:

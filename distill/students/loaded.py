@@ -11,7 +11,7 @@ from distill.core.errors import InputError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import of_classes
+from distill.flow.conditioning import of_classes, with_range
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.adapters import require_peft
 from distill.networks.flow_map import FlowMapStudent
@@ -103,7 +103,7 @@ def _load_lora(
             f"{folder} is a LoRA student, which has no weights of its own; give its teacher "
             f"({card.teacher or 'not named in its card'}) with --teacher"
         )
-    like, base = like.with_guidance(card.embedded_guidance, folder), shared
+    like, base = like.with_guidance(card, folder), shared
     if base is None or not _is_base(base, card, device, checkpoint.DTYPES[like.dtype]):
         base = checkpoint.load(like, device, probe=False)
     student, digest = lora_folder.load(folder, card, base)
@@ -117,7 +117,7 @@ def _load_lora(
         digest=digest,
         description=f"the LoRA student {folder.name} of {base.description}",
         fitted=card.fitted,
-        given=base.given,
+        given=with_range(base.given, card.guidance_range),
         packaging=base.packaging,
         codec=base.codec,
         base_digest=base.base_digest,
@@ -130,7 +130,7 @@ def _is_base(teacher: LoadedTeacher, card: StudentCard, device: torch.device, dt
     return (
         network is not None
         and teacher.base_digest == card.base_digest
-        and card.embedded_guidance in (None, embedded)
+        and (card.embedded_guidance in (None, embedded) or card.guidance_range is not None)
         and {each.device.type for each in network.parameters()} == {device.type}
         and main_dtype(network) == dtype
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.core.errors import InputError, RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
+from distill.flow.conditioning import with_range
 from distill.networks.adapters import ends
 from distill.networks.experts import Experts
 from distill.networks.sharing import ADAPTER, is_shared
@@ -171,6 +172,7 @@ def as_teacher(folder: Path, base: LoadedTeacher) -> LoadedTeacher:
         digest=digest(base, folder),
         description=f"the LoRA student {folder.name} of {base.description}",
         guidance_scale=card.guidance_scale,
+        given=with_range(base.given, card.guidance_range),
         unconditional=card.unconditional,
         license=card.license or base.license,
     )

@@ -29,7 +29,7 @@ def merge_student(folder: Path, spec: CheckpointTeacher, out: Path, scale: float
     base; RunError if the new folder cannot be written or is not loaded by diffusers as it was written.
     """
     card = lora_folder.card_of(folder)
-    spec = spec.with_guidance(card.embedded_guidance, folder)
+    spec = spec.with_guidance(card, folder)
     base = teachers.load_teacher(in_size_of(card.shape, spec) or spec, CPU, probe=False, prompts=1)
     student, _ = lora_folder.load(folder, card, base)
     packaging = base.packaging

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.printing import say_error
-from distill.flow.conditioning import ClassLabels, ConditionTable, WithGuidance
+from distill.flow.conditioning import ClassLabels, ConditionTable, WithGuidance, with_range
 from distill.flow.draws import sample_noise
 from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
@@ -166,7 +166,7 @@ def _described(
     """The spec with what the card of a student adds, the files, what configs say, and what the network takes."""
     parts = files.find(spec, download=download)
     facts = describe(spec, parts, kind)
-    spec = spec.with_guidance(parts.student.embedded_guidance, parts.root)
+    spec = spec.with_guidance(parts.student, parts.root)
     architecture, path, content = facts.architecture, facts.path, facts.content
     null = spec.null_class if spec.null_class is not None else parts.student.null_class
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
@@ -176,7 +176,9 @@ def _described(
             constants = architecture.constants(content, asked)
             conditions = planned({name: each for name, each in fields.items() if name not in constants}, prompts)
             asked = replace(asked, conditions=conditions)
-        return spec, parts, facts, conditions, architecture.conditioning(content, path, asked)
+        found = with_range(architecture.conditioning(content, path, asked), parts.student.guidance_range)
+        assert found is not None
+        return spec, parts, facts, conditions, found
     return spec, parts, facts, conditions, architecture.conditioning(content, path, null)
 
 

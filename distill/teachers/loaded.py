@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.core.field_types import GuidanceRange
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
+from distill.flow.conditioning import ClassLabels, ConditionTable, embeds_guidance, of_classes
 from distill.flow.fields import Indexed
 from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
 from distill.networks.critic import whole
@@ -112,11 +112,19 @@ class LoadedTeacher:
     def guided(self, guidance_scale: float | GuidanceRange) -> VelocityField:
         """Returns the field with guidance, as recipes call it. With scale 1, it is the field itself.
 
-        With a range of scales, each sample has its own, cond["guidance_scale"]. If there is an interval, samples at
+        With a range of scales, each sample has its own, cond["guidance_scale"]; networks that embed the scale get it in
+        cond["guidance"], and are called once. If there is an interval, samples at
         other times take a second row, too, whose result is not used: then calls do not wait for the device.
 
         Raises InputError if there is no null condition, or if it was not trained.
         """
+        if isinstance(guidance_scale, tuple) and embeds_guidance(self.conditioning):
+            if self.form is not None:
+                raise InputError(
+                    f"guidance: has no effect, because {self.description} takes the guidance scale as an input and is "
+                    "called once; remove it, or give one number as the scale"
+                )
+            return self.field
         scale = guidance_scale[1] if isinstance(guidance_scale, tuple) else guidance_scale
         field = self.field_with(FieldSettings(scale, self.form))
         by_sample = isinstance(guidance_scale, tuple)

@@ -125,6 +125,7 @@ class StudentFacts(Read):
     shape: Annotated[list[Side], Field(max_length=4)] = []
     null_class: Annotated[int, Field(ge=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_range: CheckedRange | None = None
     unconditional: bool = True
     embedded_guidance: Annotated[float, Field(ge=0, le=10_000)] | None = None
     license: str = ""
