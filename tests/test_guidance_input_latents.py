@@ -1,8 +1,9 @@
-"""The guidance scale as an input of students of FLUX.1 dev, whose network takes it already."""
+"""The guidance scale as an input of latent-space students: of FLUX.1 dev, which takes it already, and of others."""
 
 import dataclasses
 import json
 
+import cached_runs
 import pytest
 import torch
 from commands import command
@@ -106,3 +107,46 @@ def test_a_student_is_sampled_at_any_scale(place, lora, tmp_path, capfd, monkeyp
         done = command(capfd, "sample", str(folder), *given[:-1], "1", "--guidance", str(scale))
         own = load_file("a.safetensors")["samples"]
         torch.testing.assert_close(made, pipeline._pack_latents(own, 1, *own.shape[1:]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_a_flow_map_of_a_network_without_this_input_gets_it_beside_the_second_time(lora, tmp_path, capfd, monkeypatch):
+    """At any scale, the complete pipeline makes the samples of `distill sample`, in one call per step."""
+    monkeypatch.chdir(tmp_path)
+    cached_runs.pipeline(tmp_path / "teacher")
+    plain = {"path": str(tmp_path / "teacher"), "size": [16, 16]}
+    encoding.write(CheckpointTeacher(**plain), PROMPTS, tmp_path / "prompts.safetensors", CPU)
+    teacher = {**plain, "conditions": str(tmp_path / "prompts.safetensors")}
+    options = {"base": "step", "grid": 4, "guidance_scale": [*RANGE]}
+    stage = {"kind": "train", "recipe": "shortcut/shortcut", "options": options, "images": 24, "batch_size": 8}
+    stage |= {"optimizer": {"lr": 3e-2}} | ({"lora": {"student": {"rank": 2}}} if lora else {})
+    data = images(tmp_path / "data", 2, 16, 16)
+    again = {**stage, "init": "first", "images": 8}
+    paths = run(tmp_path, {"name": "run", "teacher": teacher, "data": data, "stages": {"first": stage, "s": again}})
+    folder = paths.student("s")
+    card = json.loads((folder / "distill.json").read_text())
+    assert (card["guidance_range"], card["guidance_scale"]) == ([1.5, 5.0], 3.25)
+    assert guidance_of(load_student(folder, CPU, CheckpointTeacher(**teacher)).conditioning) == RANGE
+    where = f"{{path: {tmp_path / 'teacher'}, size: [16, 16]}}"
+    given = ["--prompt", PROMPTS[0], "--teacher", where, "--out", "a.safetensors", "--steps", "2"]
+    out = {}
+    for scale in (None, 3.25, 5.0):
+        done = command(capfd, "sample", str(folder), *given, *([] if scale is None else ["--guidance", str(scale)]))
+        assert done.code == 0, done.err
+        out[scale] = load_file("a.safetensors")
+    assert torch.equal(out[None]["samples"], out[3.25]["samples"])
+    assert (out[5.0]["samples"] - out[3.25]["samples"]).abs().max() > 1e-3
+    done = command(capfd, "export", str(folder), "--whole", "--teacher", where, "--out", "whole")
+    assert done.code == 0, done.err
+    pipeline = DiffusionPipeline.from_pretrained("whole", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "latent"}
+    for scale in (None, 5.0):
+        made = pipeline(PROMPTS[0], latents=out[scale]["latents"].clone(), **call, guidance=scale).images
+        torch.testing.assert_close(made, out[scale]["samples"], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"guidance=7; this student knows 1\.5 to 5"):
+        pipeline(PROMPTS[0], **call, guidance=7)
+    other = {**stage, "recipe": "consistency/consistency", "options": {"guidance_scale": [*RANGE]}}
+    with pytest.raises(InputError, match="beside the second time, and this recipe's students have none; give one"):
+        run(tmp_path / "other", {"name": "run", "teacher": teacher, "data": data, "stages": {"student": other}})

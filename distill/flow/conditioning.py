@@ -83,7 +83,7 @@ class ConditionTable:
     are converted when they are used; a field that is not named has the data type of its rows.
 
     prompts: those of the first rows, for captions; empty: not known. guidance_range: (low, high) of the guidance scales
-    that the network knows, of which the constant `guidance` is one; None: only that one.
+    that the network knows, of which the constant `guidance` or `guidance_scale` is one; None: it knows one, or none.
 
     The null condition has the constants of the condition that it replaces, and so also its sizes, as in the pipelines
     of diffusers.
@@ -191,30 +191,23 @@ def with_guidance(conditioning: Conditioning, scale: float | None, where: str) -
         raise InputError(
             f"{where} {scale:g}: this student was trained for guidance scales from {known[0]:g} to {known[1]:g}"
         )
-    if isinstance(conditioning, ConditionTable):
-        return taking(conditioning, known, scale)
-    assert isinstance(conditioning, WithGuidance)
-    return replace(conditioning, scale=scale)
+    return taking(conditioning.given if isinstance(conditioning, WithGuidance) else conditioning, known, scale)
 
 
-def taking(table: ConditionTable, guidance_range: GuidanceRange, scale: float | None = None) -> ConditionTable:
-    """The conditions of a network that embeds the guidance scale, for any scale of this range; scale: as above."""
-    old, given = table.constants[EMBEDDED], middle(guidance_range) if scale is None else scale
-    return replace(
-        table, guidance_range=guidance_range, constants={**table.constants, EMBEDDED: torch.full_like(old, given)}
-    )
+def taking(given: Conditioning, guidance_range: GuidanceRange, scale: float | None = None) -> Conditioning:
+    """The conditions of a network that takes a guidance scale of this range too. scale: None: the middle."""
+    if not isinstance(given, ConditionTable):
+        return WithGuidance(given, guidance_range, scale)
+    name = EMBEDDED if EMBEDDED in given.constants else GUIDANCE_SCALE
+    value = torch.tensor(middle(guidance_range) if scale is None else scale)
+    old = given.constants.get(name, value)
+    constants = {**given.constants, name: torch.full_like(old, float(value))}
+    return replace(given, guidance_range=guidance_range, constants=constants)
 
 
 def with_range(given: Conditioning | None, guidance_range: GuidanceRange | None) -> Conditioning | None:
-    """The conditions of a student of a network that embeds the guidance scale; None as a range: those given.
-
-    InputError if the network takes no scale.
-    """
-    if guidance_range is None or given is None:
-        return given
-    if not isinstance(given, ConditionTable) or EMBEDDED not in given.constants:
-        raise InputError("the card of the student has guidance_range, but its network takes no guidance scale")
-    return taking(given, guidance_range)
+    """The conditions of a student whose card has this range; None as a range: those given."""
+    return given if guidance_range is None or given is None else taking(given, guidance_range)
 
 
 def embeds_guidance(conditioning: Conditioning) -> bool:

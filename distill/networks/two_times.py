@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from distill.flow.conditioning import GUIDANCE_SCALE, without_guidance
 from distill.networks.experts import Experts
 from distill.networks.second_time import SecondTime
 from distill.protocols import Cond, NetworkCall
@@ -23,7 +24,8 @@ def recomputed(module: Callable[..., object], *inputs: object) -> object:
 class TwoTimes(nn.Module):
     """u(x_t, t, s) from a network v(x_t, t): an embedding of t - s is added to the network's embeddings of the time.
 
-    layers: names of the modules of `network` that embed the time, as [B, width]. gap: the embedding of t - s.
+    layers: names of the modules of `network` that embed the time, as [B, width]. gap: the embedding of t - s, and of
+    cond["guidance_scale"] [B] if it takes it, which the network does not get.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], gap: SecondTime) -> None:
@@ -36,9 +38,9 @@ class TwoTimes(nn.Module):
 
     def forward(self, call: NetworkCall, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t and s [B] in [0, 1] -> average velocity like x_t."""
-        self._embedded = self.gap(t - s)
+        self._embedded = self.gap(t - s, cond.get(GUIDANCE_SCALE))
         try:
-            return call(self.network, x_t, t, cond)
+            return call(self.network, x_t, t, without_guidance(cond))
         finally:
             self._embedded = None  # it belongs to the graph of this call, with which the network could not be copied
 

@@ -168,7 +168,7 @@ def _with_adapters(base: LoadedTeacher, lora: LoraWeights, student: LoadedStuden
     if not isinstance(student.network, TwoTimes):
         return native.velocity(network, call)
     gap = student.network.gap
-    found = native.flow_map(network, call, 0, waves=gap.config.waves)
+    found = native.flow_map(network, call, 0, waves=gap.config.waves, guidance_range=gap.config.guidance_range)
     found.network.gap.load_state_dict(gap.state_dict())
     return found
 

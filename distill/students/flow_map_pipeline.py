@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 
 def __getattr__(name: str) -> type:
-    """The class FlowMapX, for the pipeline class X of diffusers. It is called as X is."""
+    """The class FlowMapX, for the pipeline class X of diffusers. It is called as X is.
+
+    A student that takes the guidance scale as an input has a further argument, `guidance`: the scale, within
+    `second_time.config.guidance_range`, whose middle is the default.
+    """
     if not name.startswith("FlowMap"):
         raise AttributeError(name)
     stock = getattr(diffusers, name.removeprefix("FlowMap"))
@@ -23,11 +27,19 @@ def __getattr__(name: str) -> type:
 
     @functools.wraps(stock.__call__)
     def _call(self: diffusers.DiffusionPipeline, *given: object, **options: object) -> object:
+        known, scale = self.second_time.config.get("guidance_range"), options.pop("guidance", None)
+        if known is None and scale is not None:
+            raise ValueError("guidance was given, but this student does not take it; leave it out")
+        if known is not None:
+            scale = sum(known) / 2 if scale is None else scale
+            if not known[0] <= scale <= known[1]:
+                raise ValueError(f"guidance={scale}; this student knows {known[0]:g} to {known[1]:g}")
+
         def _add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
             step = self.scheduler.step_index or 0  # None before the first step
             t, s = self.scheduler.sigmas[step : step + 2]  # of this step: on the linear path, sigma is the time
             difference = (t - s).reshape(1).to(device=output.device, dtype=torch.float32)
-            return output + self.second_time(difference).to(output.dtype)
+            return output + self.second_time(difference, scale).to(output.dtype)
 
         places = [place.split(".", 1) for place in self.second_time.config["layers"]]
         layers = [getattr(self, component).get_submodule(layer) for component, layer in places]

@@ -11,7 +11,7 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.core.field_types import GuidanceRange, middle
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ConditionTable, guidance_of, of_classes
+from distill.flow.conditioning import ConditionTable, embeds_guidance, guidance_of, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
@@ -92,7 +92,7 @@ class StudentInit:
         custom = None if teacher is None else teacher.given
         self.conditioning = custom or of_classes(shown, shown)
         if network is not None:
-            self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range, is_native=False)
+            self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range)
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
@@ -117,14 +117,19 @@ class StudentInit:
                 f"{source.description} has {source.num_classes or 'no'} classes, but {whose} {shown or 'none'}; start "
                 "from a network with the same classes, or from a new `network`"
             )
-        self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range, is_native=self.is_native)
-        if self.packaging is not None and self.is_native and self.guidance_range is not None:
+        self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range)
+        if self.packaging is not None and self.guidance_range is not None and embeds_guidance(self.conditioning):
             self.packaging = replace(self.packaging, embedded_guidance=middle(self.guidance_range))
 
     @property
     def guidance_range(self) -> GuidanceRange | None:
         """The range of guidance scales that the networks take as an input; None: they take none."""
         return guidance_of(self.conditioning)
+
+    @property
+    def _new_range(self) -> GuidanceRange | None:
+        """The range of guidance scales, if networks do not take them by themselves."""
+        return None if embeds_guidance(self.conditioning) else self.guidance_range
 
     def _with_guidance(self, network: ModelMixin) -> ModelMixin:
         """The network with the guidance scale as an input, if the networks of this stage take it."""
@@ -145,6 +150,8 @@ class StudentInit:
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path. Every call returns the same weights."""
         network = self._network("velocity field")
+        if native.is_native(network) and self._new_range is not None:
+            raise InputError(f"{native.NO_SCALE}, and this recipe's students have none; {native.OTHER_RECIPE}")
         return native.velocity(network, self._call()) if native.is_native(network) else VelocityStudent(network)
 
     def flow_map(self, to_data: bool = False) -> nn.Module:
@@ -157,7 +164,7 @@ class StudentInit:
         """
         network = self._network("flow map", "flow_map")
         if native.is_native(network):
-            return native.flow_map(network, self._call(), self.seed, to_data)
+            return native.flow_map(network, self._call(), self.seed, to_data, guidance_range=self._new_range)
         return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
 
     def policy(self, policy: str, count: int, grid: Sequence[float] | None = None, spread: float = 0.0) -> nn.Module:

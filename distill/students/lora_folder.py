@@ -157,7 +157,7 @@ def load(folder: Path, card: StudentCard, base: LoadedTeacher) -> tuple[native.N
             if to_data:
                 student = native.flow_map(network, call, 0, to_data)
             else:
-                student = native_folder.flow_map(network, call, folder / SECOND_TIME)
+                student = native_folder.flow_map(network, call, folder / SECOND_TIME, card)
     return student, digest(base, folder)
 
 

@@ -13,6 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.core.field_types import GuidanceRange
 from distill.flow.interpolants import linear
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.adapters import plain_weights
@@ -20,6 +21,7 @@ from distill.networks.architectures import drawn
 from distill.networks.critic import Critic
 from distill.networks.experts import Experts
 from distill.networks.flow_map import SECOND_TIME_WAVES, FlowMapStudent
+from distill.networks.guidance_input import GuidanceInput
 from distill.networks.quantised import is_quantised
 from distill.networks.second_time import SecondTime
 from distill.networks.sharing import ADAPTER, BASE, adapted, as_base, copy_of, has_base, is_shared
@@ -35,6 +37,8 @@ ONE_OUTPUT = (
     "this recipe trains a network with several outputs, which networks of latent-space pipelines cannot get yet; use "
     "another recipe, such as shortcut/progressive, or a new `network`"
 )
+NO_SCALE = "networks of latent-space pipelines get the guidance scale as an input beside the second time"
+OTHER_RECIPE = "give one number as guidance_scale, or use another recipe, like shortcut/shortcut"
 NativeStudent = VelocityStudent | FlowMapStudent | AccelerationStudent
 WRAPPERS = TwoTimes | ToData | TwoNetworks  # what is made from a network of a latent-space pipeline here
 FIRST, SECOND = "transformer", "transformer_2"  # attributes of Experts
@@ -184,14 +188,24 @@ def velocity(network: nn.Module, call: LinearCall) -> VelocityStudent:
 
 
 def flow_map(
-    network: nn.Module, call: LinearCall, seed: int, to_data: bool = False, waves: int = SECOND_TIME_WAVES
+    network: nn.Module,
+    call: LinearCall,
+    seed: int,
+    to_data: bool = False,
+    waves: int = SECOND_TIME_WAVES,
+    guidance_range: GuidanceRange | None = None,
 ) -> FlowMapStudent:
     """A flow map: of the network of one, or made from a velocity network. Then it is at first the velocity, for every
     s.
 
-    to_data: it is only called with s = 0, so it gets no second time. waves: of a new second time.
+    to_data: it is only called with s = 0, so it gets no second time. waves: of a new second time. guidance_range: of
+    the guidance scales that it takes beside the second time. InputError if it gets no second time.
     """
+    if guidance_range is not None and to_data:
+        raise InputError(f"{NO_SCALE}, and this recipe's students have none; {OTHER_RECIPE}")
     if isinstance(network, TwoTimes) or (isinstance(network, ToData) and to_data):
+        if guidance_range is not None:
+            _take_guidance(network.gap, guidance_range, seed)
         return FlowMapStudent(network, TwoTimesCall(call))
     network = base_of(network) if isinstance(network, ToData) else network
     if to_data:
@@ -199,10 +213,20 @@ def flow_map(
     convention = convention_for(network)
     layers = [prefix + name for prefix, part in parts_of(network) for name in convention.time_layers(part)]
     with drawn(seed, "second time"):
-        gap = SecondTime(convention.time_width(_config(network)), _in_pipeline(network, layers), waves)
+        scales = None if guidance_range is None else [*guidance_range]
+        gap = SecondTime(convention.time_width(_config(network)), _in_pipeline(network, layers), waves, scales)
     found = TwoTimes(network, layers, gap)
     found.gap.to(next(network.parameters()).device)
     return FlowMapStudent(found, TwoTimesCall(call))
+
+
+def _take_guidance(gap: SecondTime, guidance_range: GuidanceRange, seed: int) -> None:
+    """Lets an embedding of the second time take the guidance scale too, on which it does not depend at first."""
+    if gap.config.guidance_range is not None:
+        return
+    with drawn(seed, "guidance"):
+        gap.guidance = GuidanceInput(guidance_range, gap.config.width).to(gap.hidden.weight)
+    gap.register_to_config(guidance_range=[*guidance_range])
 
 
 def acceleration(network: nn.Module, call: LinearCall) -> AccelerationStudent:

@@ -102,7 +102,7 @@ def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native
         to_data = is_to_data(student_card.read(folder))
         if to_data:
             return native.flow_map(network, call, 0, to_data)
-        return flow_map(network, call, folder / SECOND_TIME)
+        return flow_map(network, call, folder / SECOND_TIME, student_card.read(folder))
     names = [name for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
     parts = [network_in(folder / name, checkpoint.DTYPES[spec.dtype]) for name in names]
     grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
@@ -154,7 +154,7 @@ def network_in(folder: Path, dtype: torch.dtype) -> ModelMixin:
     return found
 
 
-def flow_map(network: nn.Module, call: LinearCall, path: Path) -> FlowMapStudent:
+def flow_map(network: nn.Module, call: LinearCall, path: Path, card: StudentCard) -> FlowMapStudent:
     """A flow map of a network and the embedding of t - s in a file. InputError if this is damaged or does not fit."""
     try:
         tensors: Mapping[str, Tensor] = load_file(path)
@@ -164,7 +164,9 @@ def flow_map(network: nn.Module, call: LinearCall, path: Path) -> FlowMapStudent
         raise InputError(f"{path} is damaged; copy or download it again") from error
     hidden = tensors.get("hidden.weight")  # [width, 2 waves]; the folder of a LoRA has no config that says how many
     waves = hidden.shape[1] // 2 if hidden is not None and hidden.ndim == 2 else 1
-    student = native.flow_map(network, call, 0, waves=max(1, waves))
+    embeds = any(name.startswith("guidance.") for name in tensors)  # else the network has its own, or takes no scale
+    known = card.guidance_range if embeds else None
+    student = native.flow_map(network, call, 0, waves=max(1, waves), guidance_range=known)
     gap = student.network.gap
     expected = gap.state_dict()
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in expected.items()}:

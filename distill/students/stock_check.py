@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import RunError
+from distill.core.field_types import middle
 from distill.exchange.student_card import StudentCard
+from distill.flow.conditioning import GUIDANCE_SCALE, embeds_guidance
 from distill.flow.draws import sample_noise
 from distill.networks.experts import Experts
 from distill.protocols import Cond
@@ -156,6 +158,8 @@ def _compare_samples(
     card, theirs = each.card, outputs[f"latents@{steps}"]
     if not each.convention.fields(each.config):
         noise = outputs[f"first@{steps}"]  # these pipelines draw it themselves
+    if card.guidance_range is not None and not embeds_guidance(each.found.conditioning):
+        cond = {**cond, GUIDANCE_SCALE: torch.full((len(noise),), middle(card.guidance_range))}
     times = grid(card.t_grids, steps) if card.t_grids else usual_grid(each.student, card.sampler, steps)
     ours = by_sampler(each.student, card.sampler, noise, times, cond, fresh).float()
     largest = ours.abs().max().item()
