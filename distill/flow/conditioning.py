@@ -159,10 +159,8 @@ class WithGuidance:
 
     def collate(self, indices: Tensor, sizes: Tensor | None = None) -> Cond:
         scale = middle(self.guidance_range) if self.scale is None else self.scale
-        return {
-            **self.given.collate(indices, sizes),
-            GUIDANCE_SCALE: torch.full(indices.shape, scale).to(indices.device),
-        }
+        scales = torch.full(indices.shape, scale, dtype=torch.float32, device=indices.device)
+        return {**self.given.collate(indices, sizes), GUIDANCE_SCALE: scales}
 
     def null(self, cond: Cond) -> Cond:
         return {**self.given.null(without_guidance(cond)), GUIDANCE_SCALE: cond[GUIDANCE_SCALE]}
@@ -203,6 +201,21 @@ def taking(given: Conditioning, guidance_range: GuidanceRange, scale: float | No
     old = given.constants.get(name, value)
     constants = {**given.constants, name: torch.full_like(old, float(value))}
     return replace(given, guidance_range=guidance_range, constants=constants)
+
+
+def for_scales(given: Conditioning, wanted: GuidanceRange | None) -> Conditioning:
+    """The conditions of networks that are to take the guidance scales of this range too; None: those given.
+
+    given: of the network that they start from. InputError if it is unconditional.
+    """
+    if wanted is None or guidance_of(given) == wanted:
+        return given
+    if given.count is None:
+        text = "guidance_scale: [{:g}, {:g}]".format(*wanted)
+        raise InputError(
+            f"{text} has no effect on networks without classes or prompts; remove it, or give labelled data"
+        )
+    return taking(given, wanted)
 
 
 def with_range(given: Conditioning | None, guidance_range: GuidanceRange | None) -> Conditioning | None:

@@ -11,7 +11,7 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.core.field_types import GuidanceRange, middle
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ConditionTable, embeds_guidance, guidance_of, of_classes
+from distill.flow.conditioning import ConditionTable, embeds_guidance, for_scales, guidance_of, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
@@ -36,7 +36,7 @@ from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Codec, Cond
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import NetworkSpec
-from distill.students import guidance_inputs, native, smaller
+from distill.students import native, smaller
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, LinearCall, NetworkField, VeField
@@ -92,7 +92,7 @@ class StudentInit:
         custom = None if teacher is None else teacher.given
         self.conditioning = custom or of_classes(shown, shown)
         if network is not None:
-            self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range)
+            self.conditioning = for_scales(self.conditioning, guidance_range)
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
@@ -117,7 +117,7 @@ class StudentInit:
                 f"{source.description} has {source.num_classes or 'no'} classes, but {whose} {shown or 'none'}; start "
                 "from a network with the same classes, or from a new `network`"
             )
-        self.conditioning = guidance_inputs.conditions(self.conditioning, guidance_range)
+        self.conditioning = for_scales(self.conditioning, guidance_range)
         if self.packaging is not None and self.guidance_range is not None and embeds_guidance(self.conditioning):
             self.packaging = replace(self.packaging, embedded_guidance=middle(self.guidance_range))
 
