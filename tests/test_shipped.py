@@ -57,7 +57,7 @@ def test_the_pipeline_has_the_samplers_own_text(kind, sampler):
 TEXTS = {f"{kind} {sampler}": shipped.pipeline(kind, sampler) for kind, sampler in PAIRS} | {
     "linear path scheduler": shipped.scheduler(),
     "flow map pipeline": shipped.flow_map_pipeline(),
-    "second time": shipped.network("second_time"),
+    "second time": shipped.second_time(),
 }
 
 

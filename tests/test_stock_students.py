@@ -89,7 +89,7 @@ SECOND_TIME, SCHEDULER = "second_time/diffusion_pytorch_model.safetensors", "sch
 OWN_CODE = {
     "flow_map_pipeline.py": shipped.flow_map_pipeline().encode(),
     SCHEDULER: shipped.scheduler().encode(),
-    "second_time/second_time.py": shipped.network("second_time").encode(),
+    "second_time/second_time.py": shipped.second_time().encode(),
     "second_time/config.json": b"{}",
     SECOND_TIME: tensors(300, 1),
 }

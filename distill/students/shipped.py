@@ -48,6 +48,11 @@ def scheduler() -> str:
     return joined(STUDENTS_DIR / "linear_path_scheduler.py", [NETWORKS_DIR / "linear_path.py"])
 
 
+def second_time() -> str:
+    """The text of second_time.py."""
+    return joined(NETWORKS_DIR / "second_time.py", [NETWORKS_DIR / "guidance_input.py"])
+
+
 def flow_map_pipeline() -> str:
     """The text of flow_map_pipeline.py."""
     return (STUDENTS_DIR / "flow_map_pipeline.py").read_text()
@@ -56,7 +61,7 @@ def flow_map_pipeline() -> str:
 def joined(module: Path, parts: Sequence[Path]) -> str:
     """The text of one module that contains several.
 
-    It consists of the docstring of `module`, all imports except those from distill, the code of each part with its
+    It consists of the docstring of `module`, all imports except those from distill or the same folder, the code of each part with its
     docstring as a comment above it, and the code of `module`.
     """
     main, *others = files = [_read(path) for path in (module, *parts)]
@@ -92,7 +97,7 @@ def _imports(statements: Sequence[ast.Import | ast.ImportFrom]) -> str:
         given = {ast.unparse(name) for name in statement.names}
         if isinstance(statement, ast.Import):
             lines |= {f"import {name}" for name in given}
-        elif statement.module and not statement.module.startswith("distill."):
+        elif statement.module and statement.level == 0 and not statement.module.startswith("distill."):
             names[statement.module] |= given
     lines |= {f"from {module} import {', '.join(sorted(given))}" for module, given in names.items()}
 

@@ -68,5 +68,5 @@ def write(folder: Path, network: nn.Module, how: Stock) -> None:
         index["_class_name"] = [own_code.PIPELINE, own_code.FLOW_MAP + own_code.stock_class(index["_class_name"])]
         index["second_time"] = list(own_code.SECOND_TIME)
         (folder / f"{own_code.PIPELINE}.py").write_text(shipped.flow_map_pipeline())
-        (folder / "second_time" / f"{own_code.SECOND_TIME[0]}.py").write_text(shipped.network(own_code.SECOND_TIME[0]))
+        (folder / "second_time" / f"{own_code.SECOND_TIME[0]}.py").write_text(shipped.second_time())
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
