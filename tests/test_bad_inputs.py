@@ -69,9 +69,8 @@ FIELDS = {
     "unknown key": (
         ["stages.teach.imges=5"],
         "stages.teach.imges=5: stages.teach has no 'imges'; did you mean 'images'? valid: batch_size, checkpoint, "
-        "dropout, ema_half_lives, ema_lengths, ema_snapshots, export, guidance, images, init, kind, lora, network, optimizer, "
-        "options, pairs, precision, "
-        "recipe, student, teacher",
+        "dropout, ema_half_lives, ema_lengths, ema_snapshots, export, guidance, images, init, kind, lora, network, "
+        "optimizer, options, pairs, precision, recipe, student, teacher",
     ),
     "unknown section": (
         ["lunch.device=cpu"],

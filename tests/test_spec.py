@@ -107,8 +107,8 @@ def test_mistakes_are_listed_one_per_line():
         "like ./mine.py)",
         "  stages.a.images: missing (training length in images)",
         "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, dropout, "
-        "ema_half_lives, ema_lengths, ema_snapshots, export, guidance, images, init, kind, lora, network, optimizer, options, "
-        "pairs, precision, recipe, student, teacher",
+        "ema_half_lives, ema_lengths, ema_snapshots, export, guidance, images, init, kind, lora, network, optimizer, "
+        "options, pairs, precision, recipe, student, teacher",
         "  stages.b: 5 given; must be a mapping",
         "  lunch: unknown key; did you mean 'launch'? valid: compile, data, launch, name, numerics, seed, stages, "
         "teacher",

@@ -61,8 +61,8 @@ def flow_map_pipeline() -> str:
 def joined(module: Path, parts: Sequence[Path]) -> str:
     """The text of one module that contains several.
 
-    It consists of the docstring of `module`, all imports except those from distill or the same folder, the code of each part with its
-    docstring as a comment above it, and the code of `module`.
+    It consists of the docstring of `module`, all imports except those from distill or the same folder, the code of each
+    part with its docstring as a comment above it, and the code of `module`.
     """
     main, *others = files = [_read(path) for path in (module, *parts)]
     sections = [f'"""{main.docstring}"""', _imports([line for each in files for line in each.imports])]
