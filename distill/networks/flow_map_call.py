@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """u(x_t, t, s, cond), the average velocity from t to s on the linear path, like x_t [B, ...]; t and s [B] in
-    [0, 1]. The network is called with 1000 t and 1000 s, and with what `cond` has, by name.
+    [0, 1]. The network is called with 1000 t and 1000 s, and with the class labels and the guidance scales of `cond`, if
+    it has some.
     """
-    return network(x_t, 1000 * t, 1000 * s, **cond).sample.to(x_t.dtype)
+    given = {name: cond[name] for name in ("class_labels", "guidance_scale") if name in cond}
+    return network(x_t, 1000 * t, 1000 * s, **given).sample.to(x_t.dtype)

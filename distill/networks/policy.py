@@ -30,7 +30,8 @@ class PolicyStudent(FlowMapStudent):
         if s is not None:
             return super().forward(x_t, t, s, cond)
         like(t, x_t)  # checks the shape of t
-        return self.network(x_t, 1000 * t, None, **cond).sample.to(x_t.dtype)
+        given = {name: cond[name] for name in ("class_labels", "guidance_scale") if name in cond}
+        return self.network(x_t, 1000 * t, None, **given).sample.to(x_t.dtype)
 
     def average(self, outputs: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The average velocity [B, ...] from x_t at t, where `outputs` are from, to s [B] <= t."""

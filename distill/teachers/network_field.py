@@ -16,8 +16,9 @@ PURE_NOISE = 1 - 1e-5  # later times of a VP table are those of pure noise, t = 
 
 
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Calls a network that has the signature of diffusers' UNet2DModel, with what `cond` has, by name."""
-    output: Tensor = network(x_t, time, **cond).sample
+    """Calls a network that has the signature of diffusers' UNet2DModel, and takes the guidance scale if `cond` has it."""
+    given = {name: cond[name] for name in ("class_labels", "guidance_scale") if name in cond}
+    output: Tensor = network(x_t, time, **given).sample
     return output
 
 
