@@ -16,7 +16,7 @@ from test_policies import vp_teacher
 
 from distill.core.errors import InputError
 from distill.execution.batches import CollatedBatches
-from distill.flow.conditioning import GUIDANCE_SCALE, ClassLabels, WithGuidance, guidance_of, with_guidance
+from distill.flow.conditioning import GUIDANCE_SCALE, ClassLabels, WithGuidance, between, guidance_of, with_guidance
 from distill.flow.draws import Rows, StepDraw, generator, sample_noise
 from distill.flow.guidance import Guided
 from distill.flow.times import uniform_grid
@@ -243,7 +243,7 @@ def test_one_student_learns_every_scale():
         draw = StepDraw(0, step, 0, rows)
         unit = draw.normal("data", torch.empty(512, 2))
         labels = (draw.uniform("label", unit) < 0.5).long()
-        cond = conditioning.between(conditioning.collate(labels), draw.uniform("scale", unit))
+        cond = between(conditioning, conditioning.collate(labels), draw.uniform("scale", unit))
         batch = Batch(means[labels] + std * unit, None, cond)
         (turn,) = recipe.turns(step, 512 * step)
         adam.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)

@@ -16,7 +16,7 @@ PURE_NOISE = 1 - 1e-5  # later times of a VP table are those of pure noise, t = 
 
 
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Calls a network that has the signature of diffusers' UNet2DModel, and takes the guidance scale if `cond` has it."""
+    """Calls a network that has the signature of diffusers' UNet2DModel, and may take the guidance scale of `cond`."""
     given = {name: cond[name] for name in ("class_labels", "guidance_scale") if name in cond}
     output: Tensor = network(x_t, time, **given).sample
     return output
