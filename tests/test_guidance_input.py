@@ -334,10 +334,8 @@ def test_a_chain_is_trained_exported_and_sampled_at_any_scale(run, capfd, monkey
         folder = run / "store/r/students" / name
         card = json.loads((folder / "distill.json").read_text())
         assert (card["guidance_range"], card["guidance_scale"]) == ([1.5, 5.0], 3.25)
-        assert (
-            "any scale from 1.5 to 5, an input of the network; 3.25 unless another"
-            in (folder / "README.md").read_text()
-        )
+        said = "`--guidance` of `distill sample`, `guidance_scale` of the pipeline; 3.25 unless another is given"
+        assert f"any scale from 1.5 to 5, an input of the network: {said}" in (folder / "README.md").read_text()
         assert guidance_of(load_student(folder, torch.device("cpu")).conditioning) == RANGE
         out = {}
         for scale in (None, 3.25, 5.0):
