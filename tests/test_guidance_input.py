@@ -225,9 +225,10 @@ def test_scales_are_drawn_for_each_sample_of_the_global_batch():
         assert not torch.equal(again.cond[GUIDANCE_SCALE], scales)
 
 
-@pytest.mark.train
+@pytest.mark.long
 def test_one_student_learns_every_scale():
     """Of Gaussian classes: samples have the mean null + w (mean - null) for whichever scale w is asked for."""
+    torch.set_num_threads(1)
     means, null, std = torch.tensor([[0.4, 0.2], [-0.3, 0.5]]), torch.tensor([-0.2, -0.2]), torch.tensor([0.5, 0.5])
     teacher, scales = class_gaussian_teacher(means, null, std), (1.0, 3.0)
     module = registry.load("shortcut/shortcut", None)

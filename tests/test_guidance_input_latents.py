@@ -60,7 +60,7 @@ def test_the_teacher_is_called_once_with_the_scale_of_each_sample(place):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)], ids=["whole", "lora"])
 def test_a_student_is_sampled_at_any_scale(place, lora, tmp_path, capfd, monkeypatch):
     """Also by the stock pipeline, with its own argument, whose default in the card is the middle of the range."""
     monkeypatch.chdir(tmp_path)
@@ -110,7 +110,7 @@ def test_a_student_is_sampled_at_any_scale(place, lora, tmp_path, capfd, monkeyp
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)], ids=["whole", "lora"])
 def test_a_flow_map_of_a_network_without_this_input_gets_it_beside_the_second_time(lora, tmp_path, capfd, monkeypatch):
     """At any scale, the complete pipeline makes the samples of `distill sample`, in one call per step."""
     monkeypatch.chdir(tmp_path)
