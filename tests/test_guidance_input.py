@@ -4,17 +4,21 @@ import copy
 import dataclasses
 import json
 import re
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from commands import command
 from diffusers import DiffusionPipeline
+from runs import CARD
 from safetensors.torch import load_file
 from test_guidance import FORMS, LABELS, MEANS, NULL, TEACHER, WIDTHS, name_of
 from test_policies import vp_teacher
 
 from distill.core.errors import InputError
+from distill.exchange import student_card
 from distill.execution.batches import CollatedBatches
 from distill.flow.conditioning import GUIDANCE_SCALE, ClassLabels, WithGuidance, between, guidance_of, with_guidance
 from distill.flow.draws import Rows, StepDraw, generator, sample_noise
@@ -29,6 +33,7 @@ from distill.students.init import StudentInit
 from distill.students.loaded import load_student
 from distill.students.sampling import by_sampler
 from distill.teachers.analytic import GaussianField
+from distill.teachers.architectures.mlp import ARCHITECTURE
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 from distill.testing import exact, subject
@@ -43,6 +48,7 @@ GUIDED = [
     "consistency/tcm",
     "reflow/perflow",
     "reflow/proreflow",
+    "reflow/rectified_diffusion",
     "shortcut/alphaflow",
     "shortcut/flow_map",
     "shortcut/meanflow",
@@ -59,8 +65,8 @@ def noisy(count=5, shape=(3,), dtype=torch.float64):
     return x, torch.sigmoid(u.flatten(1)[:, 0]).float()
 
 
-def given(**more):
-    return {"class_labels": torch.arange(5), GUIDANCE_SCALE: SCALES, **more}
+def given(scales=SCALES):
+    return {"class_labels": torch.arange(5), GUIDANCE_SCALE: scales}
 
 
 @pytest.mark.parametrize("form", [None, *FORMS], ids=lambda form: "cfg" if form is None else name_of(form))
@@ -165,8 +171,8 @@ def test_a_network_starts_blind_to_the_scale_and_learns_it(name, kind):
         for key, each in guided.named_parameters():
             if "guidance.2" in key:
                 each.add_(0.1 * torch.randn(each.shape, generator=generator("moved", key)))
-        outputs = [guided(x, *times, given(**{GUIDANCE_SCALE: torch.full((5,), s)})) for s in (1.5, 3.0, 5.0)]
-        assert min((a - b).abs().max() for a, b in zip(outputs, outputs[1:], strict=False)) > 1e-4
+        outputs = [guided(x, *times, given(torch.full((5,), s))) for s in (1.5, 3.0, 5.0)]
+        assert min((a - b).abs().max() for a, b in pairwise(outputs)) > 1e-4
         rows = guided(x, *times, given())
         assert torch.allclose(rows[2], outputs[2][2], atol=1e-6)  # the row whose scale is 5
         with pytest.raises(ValueError, match=r"this network needs guidance_scale, from 1\.5 to 5"):
@@ -199,11 +205,11 @@ def test_the_loss_at_one_scale_is_that_of_a_training_with_this_scale(recipe):
     plain, guided = (
         StudentInit(None, subject.UNET, subject.SHAPE, 10, 0, guidance_range=each) for each in (None, RANGE)
     )
-    losses = []
+    losses, more = [], {"form": "phased"} if recipe == "reflow/rectified_diffusion" else {}
     for scale in (2.0, 4.0):
         cond = {GUIDANCE_SCALE: torch.full((10,), scale)}
-        losses.append(loss_of(recipe, {"guidance_scale": [*RANGE]}, guided, cond))
-        expected = loss_of(recipe, {"guidance_scale": scale}, plain, {})
+        losses.append(loss_of(recipe, {**more, "guidance_scale": [*RANGE]}, guided, cond))
+        expected = loss_of(recipe, {**more, "guidance_scale": scale}, plain, {})
         torch.testing.assert_close(losses[-1], expected, rtol=1e-6, atol=1e-7)
     assert (losses[0] - losses[1]).abs() > 1e-4
 
@@ -280,6 +286,17 @@ def test_a_wrong_scale_is_refused(value, message):
     module = registry.load("shortcut/shortcut", None)
     with pytest.raises(InputError, match=message):
         registry.configure("shortcut/shortcut", module, {"guidance_scale": value}, "options")
+
+
+@pytest.mark.parametrize("value", [["1.5", "5"], [True, 5], [2, 1], [0.5, 2], [1, 2, 3], 3])
+def test_a_wrong_range_in_a_file_is_refused(value):
+    """Of a student's card, and of the config of its network."""
+    card = CARD.model_dump(mode="json")
+    with pytest.raises(InputError, match="guidance_range"):
+        student_card.parse(json.dumps({**card, "guidance_range": value}).encode(), "distill.json")
+    config = {"dim": 3, "num_class_embeds": 3, "guidance_range": value}
+    with pytest.raises(InputError, match="guidance_range"):
+        ARCHITECTURE.conditioning(config, Path("config.json"), 2)
 
 
 def test_networks_that_cannot_take_it_are_refused():

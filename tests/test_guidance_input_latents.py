@@ -36,8 +36,9 @@ def place(tmp_path_factory):
     return here
 
 
-def spec_of(place, **more):
-    return {"path": str(place / "teacher"), "conditions": str(place / "prompts.safetensors"), "size": [16, 16], **more}
+def spec_of(place, embedded_guidance=None):
+    given = {"path": str(place / "teacher"), "conditions": str(place / "prompts.safetensors"), "size": [16, 16]}
+    return given | ({} if embedded_guidance is None else {"embedded_guidance": embedded_guidance})
 
 
 def test_the_teacher_is_called_once_with_the_scale_of_each_sample(place):

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from distill.core.text import is_line, is_text
@@ -65,6 +65,10 @@ def middle(guidance_range: GuidanceRange) -> float:
     return sum(guidance_range) / 2
 
 
+def _as_tuple(given: object) -> object:
+    return tuple(given) if isinstance(given, list) else given  # JSON has no tuples
+
+
 def checked_range(given: GuidanceRange) -> GuidanceRange:
     """The range, if it is one."""
     if not 1 <= given[0] < given[1] <= 10_000:
@@ -72,7 +76,8 @@ def checked_range(given: GuidanceRange) -> GuidanceRange:
     return given
 
 
-CheckedRange = Annotated[GuidanceRange, Field(strict=False), AfterValidator(checked_range)]  # JSON has no tuples
+CheckedRange = Annotated[tuple[Number, Number], BeforeValidator(_as_tuple), AfterValidator(checked_range)]
+"""A `GuidanceRange` in a file: two numbers, in a list."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 EmaLength = Annotated[float, Field(ge=0.01, le=0.28)]
 """Standard deviation of the times that an average of weights covers, relative to the training; 0.289 is all of it."""

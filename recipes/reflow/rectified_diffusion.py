@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from torch import Tensor
 
 from distill.flow import distances
+from distill.flow.guidance_options import GuidanceScale
 from distill.flow.interpolants import like
 from distill.flow.times import uniform, uniform_grid
 from distill.flow.windows import Segment
@@ -41,8 +42,8 @@ class Config(BaseModel):
     """for phased: Euler steps of the teacher in each phase; null: 10"""
     times: Literal["uniform", "grid"] = "uniform"
     """training times; grid (for phased): only the times of the teacher's steps"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """for phased: guidance scale of the teacher, which the student learns; 1: no guidance"""
+    guidance_scale: GuidanceScale = 1.0
+    """for phased: guidance scale of the teacher, which the student learns; 1: no guidance; [low, high]: an input"""
     distance: Literal["pseudo_huber_elementwise", "l2"] = "pseudo_huber_elementwise"
     """distance between predicted and true end, per sample"""
     huber_c: PositiveFloat | None = None
